@@ -1,0 +1,14 @@
+//! Algorithms on registers, written once over [`Vector`](super::vector::Vector) and
+//! [`Dot`](super::vector::Dot); `table.rs` instantiates them for each instruction set.
+//!
+//! * [`tile`]: one operand broadcast, the other by lanes, accumulators in registers (matrix product);
+//! * [`rows`]: both operands along the reduction (matrix times few rows, bound by memory);
+//! * [`softmax`]: one block of the online softmax over a score tile;
+//! * [`pack`]: transposition into panels and back;
+//! * [`pointwise`]: gated activations and small row operations.
+
+pub(super) mod pack;
+pub(super) mod pointwise;
+pub(super) mod rows;
+pub(super) mod softmax;
+pub(super) mod tile;

@@ -1,0 +1,126 @@
+//! The register-tiled matrix product that every room is built on.
+//!
+//! ```text
+//! for each strip of MR rows of A:
+//!     acc[MR][NV] = 0                      (or C)
+//!     for k in 0..depth:
+//!         b = NV registers of row k of B   (width units, adjacent)
+//!         for r in 0..MR: acc[r] += A[r, k] * b
+//!     C = acc
+//! ```
+//!
+//! Departures from the textbook loop:
+//! 1. A is read by broadcast with free strides, so it need not be packed: rows of keys (unit along the row), rows
+//!    of values (unit across), packed weights all go through the same loop.
+//! 2. The lanes run over *queries or tokens*. A softmax then needs no cross-lane step, and the output of one product
+//!    is already the panel that the next one reads.
+//! 3. MR depends on the number of registers a row takes, so that a narrow tail still has enough independent
+//!    accumulators to hide the latency of the multiplier.
+
+use crate::arch::vector::{Dot, Vector};
+
+/// What one call multiplies. Strides and extents count units (see [`Dot`]) for A and B, lanes for C.
+pub(crate) struct Args<A, B, C> {
+    pub a: *const A,
+    pub a_row: isize,
+    pub a_step: isize,
+    pub b: *const B,
+    pub b_step: usize,
+    pub depth: usize,
+    pub c: *mut C,
+    pub c_row: usize,
+    pub rows: usize,
+    /// A multiple of the lanes, at most three registers.
+    pub width: usize,
+    pub accumulate: bool,
+}
+
+#[inline(always)]
+unsafe fn strip<D: Dot, const MR: usize, const NV: usize>(
+    args: &Args<D::A, D::B, <D::V as Vector>::Elem>,
+    first: usize,
+) {
+    let lanes = D::V::LANES;
+    // SAFETY: the caller grants `rows x depth` units of A, `depth x width` of B and `rows x width` lanes of C;
+    // this strip covers rows first..first+MR of them and NV * lanes == width.
+    unsafe {
+        let c = args.c.add(first * args.c_row);
+        let mut acc = [[D::V::splat(crate::dtype::Real::of(0.0)); NV]; MR];
+        if args.accumulate {
+            for r in 0..MR {
+                for v in 0..NV {
+                    acc[r][v] = D::V::load(c.add(r * args.c_row + v * lanes));
+                }
+            }
+        }
+        let mut a = args.a.offset(first as isize * args.a_row);
+        let mut b = args.b;
+        for _ in 0..args.depth {
+            let mut lane_units = [D::load_b(b); NV];
+            for v in 1..NV {
+                lane_units[v] = D::load_b(b.add(v * lanes));
+            }
+            for r in 0..MR {
+                let unit = D::splat_a(a.offset(r as isize * args.a_row));
+                for v in 0..NV {
+                    acc[r][v] = D::fma(unit, lane_units[v], acc[r][v]);
+                }
+            }
+            a = a.offset(args.a_step);
+            b = b.add(args.b_step);
+        }
+        for r in 0..MR {
+            for v in 0..NV {
+                acc[r][v].store(c.add(r * args.c_row + v * lanes));
+            }
+        }
+    }
+}
+
+/// All rows, in strips of at most `MAX`.
+#[inline(always)]
+unsafe fn strips<D: Dot, const NV: usize, const MAX: usize>(args: &Args<D::A, D::B, <D::V as Vector>::Elem>) {
+    let mut row = 0;
+    // SAFETY: each strip stays inside `rows`.
+    unsafe {
+        while args.rows - row >= MAX {
+            strip::<D, MAX, NV>(args, row);
+            row += MAX;
+        }
+        if MAX > 8 && args.rows - row >= 8 {
+            strip::<D, 8, NV>(args, row);
+            row += 8;
+        }
+        if MAX > 4 && args.rows - row >= 4 {
+            strip::<D, 4, NV>(args, row);
+            row += 4;
+        }
+        if args.rows - row >= 2 {
+            strip::<D, 2, NV>(args, row);
+            row += 2;
+        }
+        if args.rows - row >= 1 {
+            strip::<D, 1, NV>(args, row);
+        }
+    }
+}
+
+/// The product. `M1`, `M2`, `M3` are the strip heights for rows of one, two and three registers (`M3` = 0: rows of
+/// at most two).
+///
+/// # Safety
+/// As in [`Args`]; the machine must have the instructions of `D`.
+#[inline(always)]
+pub(crate) unsafe fn tile<D: Dot, const M1: usize, const M2: usize, const M3: usize>(
+    args: &Args<D::A, D::B, <D::V as Vector>::Elem>,
+) {
+    // SAFETY: forwarded.
+    unsafe {
+        match args.width / D::V::LANES {
+            1 => strips::<D, 1, M1>(args),
+            2 => strips::<D, 2, M2>(args),
+            3 if M3 > 0 => strips::<D, 3, M3>(args),
+            registers => unreachable!("a panel of {registers} registers"),
+        }
+    }
+}

@@ -1,0 +1,421 @@
+//! Kernels by level: tables of entry points that enable their instructions, behind safe methods.
+//!
+//! Every method checks its slices against the extents it is given (a violated check is a bug in a room, so it
+//! panics) and then calls the level's entry point. A table can only be had from [`Kernel::table`] or
+//! [`half_table`], which look at the chosen level, and a level can only be chosen where the machine has it:
+//! that is why the calls are sound.
+
+use super::kernel::pointwise::{self, Activation};
+use super::kernel::{pack, rows, softmax, tile};
+use super::vector::{Pairs, Plain, Vector, Widen};
+use super::{Level, level, scalar};
+use crate::dtype::Real;
+use crate::view::Matrix;
+
+/// Kernels on one floating-point type.
+pub struct Table<T: Real> {
+    lanes: usize,
+    registers: usize,
+    tile: unsafe fn(&tile::Args<T, T, T>),
+    rows: unsafe fn(&rows::Args<T, T>),
+    softmax: unsafe fn(&softmax::Args<T>) -> bool,
+    pack: unsafe fn(&[*const T], usize, usize, *mut T),
+    unpack: unsafe fn(*const T, usize, usize, &[*mut T]),
+    activation: unsafe fn(Activation, *mut T, *const T, usize),
+    scale_rows: unsafe fn(*mut T, usize, usize, *const T),
+    add_scaled: unsafe fn(*mut T, *const T, T, usize),
+}
+
+/// Kernels on bfloat16, accumulating in single precision.
+pub struct HalfTable {
+    lanes: usize,
+    registers: usize,
+    tile: unsafe fn(&tile::Args<u32, u32, f32>),
+    widen: unsafe fn(&tile::Args<f32, u16, f32>),
+    rows: unsafe fn(&rows::Args<u32, f32>),
+    softmax: unsafe fn(&softmax::Args<f32>) -> bool,
+    interleave: unsafe fn(*const f32, usize, usize, *mut u32),
+}
+
+/// The state of an online softmax: one entry a lane.
+#[derive(Debug, Clone)]
+pub struct Online<T> {
+    /// Reference exponent (log2 domain); -inf while nothing was attended.
+    pub reference: Vec<T>,
+    /// Sum of 2^(score - reference).
+    pub normaliser: Vec<T>,
+    /// Factor by which the last block asks the accumulator to be rescaled.
+    pub alpha: Vec<T>,
+}
+
+impl<T: Real> Online<T> {
+    /// State for `width` lanes that have attended nothing.
+    pub fn new(width: usize) -> Self {
+        Self { reference: vec![T::NEG_INFINITY; width], normaliser: vec![T::ZERO; width], alpha: vec![T::ONE; width] }
+    }
+
+    /// Back to the start, for `width` lanes.
+    pub fn reset(&mut self, width: usize) {
+        for (lanes, value) in [(&mut self.reference, T::NEG_INFINITY), (&mut self.normaliser, T::ZERO), (&mut self.alpha, T::ONE)] {
+            lanes.clear();
+            lanes.resize(width, value);
+        }
+    }
+}
+
+fn check_tile<A: Copy, B, T>(lanes: usize, registers: usize, a: Matrix<'_, A>, b: &[B], b_step: usize, c: &[T], c_row: usize, width: usize) {
+    assert!(width > 0 && width.is_multiple_of(lanes) && width / lanes <= registers, "panel width {width}");
+    assert!(a.cols() == 0 || (a.cols() - 1) * b_step + width <= b.len(), "tile: panel too short");
+    assert!(a.rows() == 0 || (a.rows() - 1) * c_row + width <= c.len(), "tile: output too short");
+}
+
+fn tile_args<A: Copy, B, T>(a: Matrix<'_, A>, b: &[B], b_step: usize, c: &mut [T], c_row: usize, width: usize, accumulate: bool) -> tile::Args<A, B, T> {
+    tile::Args {
+        a: a.as_ptr(),
+        a_row: a.row_stride(),
+        a_step: a.col_stride(),
+        b: b.as_ptr(),
+        b_step,
+        depth: a.cols(),
+        c: c.as_mut_ptr(),
+        c_row,
+        rows: a.rows(),
+        width,
+        accumulate,
+    }
+}
+
+fn rows_args<U: Copy, T>(x: Matrix<'_, U>, w: Matrix<'_, U>, out: &mut [T], out_row: usize) -> rows::Args<U, T> {
+    assert!(x.cols() == w.cols(), "rows: depths differ");
+    assert!(x.cols() <= 1 || (x.col_stride() == 1 && w.col_stride() == 1), "rows: units must be adjacent");
+    assert!(x.rows() == 0 || w.rows() == 0 || (x.rows() - 1) * out_row + w.rows() <= out.len(), "rows: output too short");
+    rows::Args {
+        x: x.as_ptr(),
+        x_row: x.row_stride(),
+        x_rows: x.rows(),
+        w: w.as_ptr(),
+        w_row: w.row_stride(),
+        w_rows: w.rows(),
+        depth: x.cols(),
+        out: out.as_mut_ptr(),
+        out_row,
+    }
+}
+
+fn softmax_args<T: Real>(lanes: usize, scores: &mut [T], rows: usize, width: usize, factor: T, state: &mut Online<T>, pairs: &mut [u32]) -> softmax::Args<T> {
+    assert!(width.is_multiple_of(lanes) && rows * width <= scores.len(), "softmax: scores too short");
+    assert!([&state.reference, &state.normaliser, &state.alpha].iter().all(|lanes| lanes.len() >= width));
+    softmax::Args {
+        scores: scores.as_mut_ptr(),
+        rows,
+        width,
+        factor,
+        reference: state.reference.as_mut_ptr(),
+        normaliser: state.normaliser.as_mut_ptr(),
+        alpha: state.alpha.as_mut_ptr(),
+        pairs: pairs.as_mut_ptr(),
+    }
+}
+
+impl<T: Real> Table<T> {
+    /// Lanes of a register.
+    pub fn lanes(&self) -> usize {
+        self.lanes
+    }
+
+    /// The widest panel, in lanes.
+    pub fn panel(&self) -> usize {
+        self.lanes * self.registers
+    }
+
+    /// `C[r, lane] (+)= sum over k of A[r, k] * B[k, lane]`; row k of B starts at `b[k * b_step]`.
+    pub fn tile(&self, a: Matrix<'_, T>, b: &[T], b_step: usize, c: &mut [T], c_row: usize, width: usize, accumulate: bool) {
+        check_tile(self.lanes, self.registers, a, b, b_step, c, c_row, width);
+        // SAFETY: extents checked; `Matrix` covers its own; the level is available (module docs).
+        unsafe { (self.tile)(&tile_args(a, b, b_step, c, c_row, width, accumulate)) }
+    }
+
+    /// `out[x, w] = <X[x], W[w]>`, units adjacent in both.
+    pub fn rows(&self, x: Matrix<'_, T>, w: Matrix<'_, T>, out: &mut [T], out_row: usize) {
+        // SAFETY: extents checked by `rows_args`; level as above.
+        unsafe { (self.rows)(&rows_args(x, w, out, out_row)) }
+    }
+
+    /// One block of the online softmax; P overwrites the scores. Returns whether `state.alpha` is not all one.
+    pub fn softmax(&self, scores: &mut [T], rows: usize, width: usize, factor: T, state: &mut Online<T>) -> bool {
+        // SAFETY: extents checked by `softmax_args`; level as above.
+        unsafe { (self.softmax)(&softmax_args(self.lanes, scores, rows, width, factor, state, &mut [])) }
+    }
+
+    /// Packs rows into a panel: `panel[k * width + r] = sources[r][k]`; missing rows are zero.
+    pub fn pack(&self, sources: &[&[T]], depth: usize, width: usize, panel: &mut [T]) {
+        assert!(sources.len() <= width && width.is_multiple_of(self.lanes) && depth * width <= panel.len());
+        let mut pointers = [std::ptr::null(); 64];
+        for (slot, source) in pointers.iter_mut().zip(sources) {
+            assert!(source.len() >= depth, "pack: row too short");
+            *slot = source.as_ptr();
+        }
+        // SAFETY: rows and panel checked (at most 48 lanes a panel); level as above.
+        unsafe { (self.pack)(&pointers[..sources.len()], depth, width, panel.as_mut_ptr()) }
+    }
+
+    /// `rows[r][j] = block[j * width + r]` for `j < count`.
+    pub fn unpack(&self, block: &[T], count: usize, width: usize, rows: &mut [&mut [T]]) {
+        assert!(rows.len() <= width && width.is_multiple_of(self.lanes) && count * width <= block.len());
+        let mut pointers = [std::ptr::null_mut(); 64];
+        for (slot, row) in pointers.iter_mut().zip(rows.iter_mut()) {
+            assert!(row.len() >= count, "unpack: row too short");
+            *slot = row.as_mut_ptr();
+        }
+        // SAFETY: rows and block checked; level as above.
+        unsafe { (self.unpack)(block.as_ptr(), count, width, &pointers[..rows.len()]) }
+    }
+
+    /// `gate = act(gate, up)` over whole registers.
+    pub fn activation(&self, kind: Activation, gate: &mut [T], up: Option<&[T]>) {
+        assert!(gate.len().is_multiple_of(self.lanes) && up.is_none_or(|up| up.len() == gate.len()));
+        let other = up.map_or(gate.as_ptr(), <[T]>::as_ptr);
+        // SAFETY: extents checked; level as above.
+        unsafe { (self.activation)(kind, gate.as_mut_ptr(), other, gate.len()) }
+    }
+
+    /// `block[r, lane] *= factor[lane]`.
+    pub fn scale_rows(&self, block: &mut [T], rows: usize, width: usize, factor: &[T]) {
+        assert!(width.is_multiple_of(self.lanes) && rows * width <= block.len() && width <= factor.len());
+        // SAFETY: extents checked; level as above.
+        unsafe { (self.scale_rows)(block.as_mut_ptr(), rows, width, factor.as_ptr()) }
+    }
+
+    /// `sum += weight * x`.
+    pub fn add_scaled(&self, sum: &mut [T], x: &[T], weight: T) {
+        assert_eq!(sum.len(), x.len());
+        // SAFETY: extents checked; level as above.
+        unsafe { (self.add_scaled)(sum.as_mut_ptr(), x.as_ptr(), weight, x.len()) }
+    }
+}
+
+impl HalfTable {
+    /// Lanes of a register.
+    pub fn lanes(&self) -> usize {
+        self.lanes
+    }
+
+    /// As [`Table::tile`], on bfloat16 pairs.
+    pub fn tile(&self, a: Matrix<'_, u32>, b: &[u32], b_step: usize, c: &mut [f32], c_row: usize, width: usize, accumulate: bool) {
+        check_tile(self.lanes, self.registers, a, b, b_step, c, c_row, width);
+        // SAFETY: extents checked; level as in `Table`.
+        unsafe { (self.tile)(&tile_args(a, b, b_step, c, c_row, width, accumulate)) }
+    }
+
+    /// As [`Table::tile`], single precision times bfloat16 lanes.
+    pub fn widen(&self, a: Matrix<'_, f32>, b: &[half::bf16], b_step: usize, c: &mut [f32], c_row: usize, width: usize, accumulate: bool) {
+        check_tile(self.lanes, self.registers, a, b, b_step, c, c_row, width);
+        let raw = tile_args(a, b, b_step, c, c_row, width, accumulate);
+        let args = tile::Args {
+            a: raw.a, a_row: raw.a_row, a_step: raw.a_step, b: raw.b.cast::<u16>(), b_step, depth: raw.depth,
+            c: raw.c, c_row, rows: raw.rows, width, accumulate,
+        };
+        // SAFETY: extents checked; bf16 is a transparent u16; level as in `Table`.
+        unsafe { (self.widen)(&args) }
+    }
+
+    /// As [`Table::rows`], on bfloat16 pairs.
+    pub fn rows(&self, x: Matrix<'_, u32>, w: Matrix<'_, u32>, out: &mut [f32], out_row: usize) {
+        // SAFETY: extents checked by `rows_args`; level as in `Table`.
+        unsafe { (self.rows)(&rows_args(x, w, out, out_row)) }
+    }
+
+    /// As [`Table::softmax`]; P goes to `pairs` (pairs of keys), the scores stay.
+    pub fn softmax(&self, scores: &mut [f32], rows: usize, width: usize, factor: f32, state: &mut Online<f32>, pairs: &mut [u32]) -> bool {
+        assert!(rows.div_ceil(2) * width <= pairs.len(), "softmax: pairs too short");
+        // SAFETY: extents checked here and by `softmax_args`; level as in `Table`.
+        unsafe { (self.softmax)(&softmax_args(self.lanes, scores, rows, width, factor, state, pairs)) }
+    }
+
+    /// Rounds a lane-major block to bfloat16 pairs of rows.
+    pub fn interleave(&self, block: &[f32], rows: usize, width: usize, pairs: &mut [u32]) {
+        assert!(width.is_multiple_of(self.lanes) && rows * width <= block.len() && rows.div_ceil(2) * width <= pairs.len());
+        // SAFETY: extents checked; level as in `Table`.
+        unsafe { (self.interleave)(block.as_ptr(), rows, width, pairs.as_mut_ptr()) }
+    }
+}
+
+/// Floating-point types that have kernels.
+pub trait Kernel: Real {
+    /// The table of the level in use.
+    fn table() -> &'static Table<Self>;
+}
+
+macro_rules! table {
+    ($module:ident, $t:ty, $v:ty, $registers:literal, [$m1:literal, $m2:literal, $m3:literal], $(#[$gate:meta])*) => {
+        pub(super) mod $module {
+            use super::*;
+            type V = $v;
+            $(#[$gate])*
+            unsafe fn tile_entry(args: &tile::Args<$t, $t, $t>) {
+                // SAFETY: the caller of a table's entry guarantees `Args`.
+                unsafe { tile::tile::<Plain<V>, $m1, $m2, $m3>(args) }
+            }
+            $(#[$gate])*
+            unsafe fn rows_entry(args: &rows::Args<$t, $t>) {
+                // SAFETY: as above.
+                unsafe { rows::rows::<Plain<V>, $t>(args) }
+            }
+            $(#[$gate])*
+            unsafe fn softmax_entry(args: &softmax::Args<$t>) -> bool {
+                // SAFETY: as above.
+                unsafe { softmax::softmax::<V>(args, |args, lane, factor, reference| softmax::in_place::<V>(args, lane, factor, reference)) }
+            }
+            $(#[$gate])*
+            unsafe fn pack_entry(sources: &[*const $t], depth: usize, width: usize, panel: *mut $t) {
+                // SAFETY: as above.
+                unsafe { pack::pack::<V>(sources, depth, width, panel) }
+            }
+            $(#[$gate])*
+            unsafe fn unpack_entry(block: *const $t, count: usize, width: usize, rows: &[*mut $t]) {
+                // SAFETY: as above.
+                unsafe { pack::unpack::<V>(block, count, width, rows) }
+            }
+            $(#[$gate])*
+            unsafe fn activation_entry(kind: Activation, gate: *mut $t, up: *const $t, count: usize) {
+                // SAFETY: as above.
+                unsafe { pointwise::activation::<V>(kind, gate, up, count) }
+            }
+            $(#[$gate])*
+            unsafe fn scale_rows_entry(block: *mut $t, rows: usize, width: usize, factor: *const $t) {
+                // SAFETY: as above.
+                unsafe { pointwise::scale_rows::<V>(block, rows, width, factor) }
+            }
+            $(#[$gate])*
+            unsafe fn add_scaled_entry(sum: *mut $t, x: *const $t, weight: $t, count: usize) {
+                // SAFETY: as above.
+                unsafe { pointwise::add_scaled::<V>(sum, x, weight, count) }
+            }
+            pub static TABLE: Table<$t> = Table {
+                lanes: <V as Vector>::LANES,
+                registers: $registers,
+                tile: tile_entry,
+                rows: rows_entry,
+                softmax: softmax_entry,
+                pack: pack_entry,
+                unpack: unpack_entry,
+                activation: activation_entry,
+                scale_rows: scale_rows_entry,
+                add_scaled: add_scaled_entry,
+            };
+        }
+    };
+}
+
+macro_rules! half_table {
+    ($module:ident, $v:ty, $dot:ty, $registers:literal, [$m1:literal, $m2:literal, $m3:literal], $(#[$gate:meta])*) => {
+        pub(super) mod $module {
+            use super::*;
+            type V = $v;
+            $(#[$gate])*
+            unsafe fn tile_entry(args: &tile::Args<u32, u32, f32>) {
+                // SAFETY: the caller of a table's entry guarantees `Args`.
+                unsafe { tile::tile::<$dot, $m1, $m2, $m3>(args) }
+            }
+            $(#[$gate])*
+            unsafe fn widen_entry(args: &tile::Args<f32, u16, f32>) {
+                // SAFETY: as above.
+                unsafe { tile::tile::<Widen<V>, $m1, $m2, $m3>(args) }
+            }
+            $(#[$gate])*
+            unsafe fn rows_entry(args: &rows::Args<u32, f32>) {
+                // SAFETY: as above.
+                unsafe { rows::rows::<$dot, u32>(args) }
+            }
+            $(#[$gate])*
+            unsafe fn softmax_entry(args: &softmax::Args<f32>) -> bool {
+                // SAFETY: as above.
+                unsafe { softmax::softmax::<V>(args, |args, lane, factor, reference| softmax::to_pairs::<V>(args, lane, factor, reference)) }
+            }
+            $(#[$gate])*
+            unsafe fn interleave_entry(block: *const f32, rows: usize, width: usize, pairs: *mut u32) {
+                // SAFETY: as above.
+                unsafe { pointwise::interleave::<V>(block, rows, width, pairs) }
+            }
+            pub static TABLE: HalfTable = HalfTable {
+                lanes: <V as Vector>::LANES,
+                registers: $registers,
+                tile: tile_entry,
+                widen: widen_entry,
+                rows: rows_entry,
+                softmax: softmax_entry,
+                interleave: interleave_entry,
+            };
+        }
+    };
+}
+
+// Strip heights: as many accumulators as the register file takes beside the lane units and one broadcast.
+table!(scalar_f32, f32, scalar::Lanes<f32, 8>, 2, [4, 2, 0],);
+table!(scalar_f64, f64, scalar::Lanes<f64, 4>, 2, [4, 2, 0],);
+half_table!(scalar_half, scalar::Lanes<f32, 8>, Pairs<V>, 2, [4, 2, 0],);
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::*;
+    use crate::arch::{avx2, avx512};
+    table!(avx2_f32, f32, avx2::F32x8, 2, [8, 6, 0], #[target_feature(enable = "avx2,fma,f16c")]);
+    table!(avx2_f64, f64, avx2::F64x4, 2, [8, 6, 0], #[target_feature(enable = "avx2,fma,f16c")]);
+    half_table!(avx2_half, avx2::F32x8, Pairs<V>, 2, [8, 4, 0], #[target_feature(enable = "avx2,fma,f16c")]);
+    table!(avx512_f32, f32, avx512::F32x16, 3, [16, 12, 8], #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]);
+    table!(avx512_f64, f64, avx512::F64x8, 3, [16, 12, 8], #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]);
+    half_table!(avx512_half, avx512::F32x16, Pairs<V>, 3, [16, 8, 4], #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]);
+    half_table!(avx512_bf16, avx512::F32x16, avx512::DotUnit, 3, [16, 12, 8], #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]);
+}
+
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    use super::*;
+    use crate::arch::neon;
+    table!(neon_f32, f32, neon::F32x4x2, 2, [8, 5, 0], #[target_feature(enable = "neon")]);
+    table!(neon_f64, f64, neon::F64x2x2, 2, [8, 5, 0], #[target_feature(enable = "neon")]);
+    half_table!(neon_half, neon::F32x4x2, Pairs<V>, 2, [8, 4, 0], #[target_feature(enable = "neon")]);
+}
+
+impl Kernel for f32 {
+    fn table() -> &'static Table<f32> {
+        match level() {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => &x86::avx2_f32::TABLE,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 | Level::Avx512Bf16 => &x86::avx512_f32::TABLE,
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => &arm::neon_f32::TABLE,
+            _ => &scalar_f32::TABLE,
+        }
+    }
+}
+
+impl Kernel for f64 {
+    fn table() -> &'static Table<f64> {
+        match level() {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => &x86::avx2_f64::TABLE,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 | Level::Avx512Bf16 => &x86::avx512_f64::TABLE,
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => &arm::neon_f64::TABLE,
+            _ => &scalar_f64::TABLE,
+        }
+    }
+}
+
+/// The bfloat16 table of the level in use.
+pub fn half_table() -> &'static HalfTable {
+    match level() {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => &x86::avx2_half::TABLE,
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => &x86::avx512_half::TABLE,
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512Bf16 => &x86::avx512_bf16::TABLE,
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon => &arm::neon_half::TABLE,
+        _ => &scalar_half::TABLE,
+    }
+}

@@ -1,0 +1,208 @@
+//! The vocabulary that every kernel is written in: a register of lanes, and a way to multiply and accumulate.
+//!
+//! Kernels (`kernel/`) are generic over these two traits and know no instruction; the files named after an
+//! instruction set implement the traits and hold no algorithm. All methods are `inline(always)`, so they become
+//! part of the entry point that enables the instructions (see `table.rs`).
+
+use crate::dtype::Real;
+
+/// A register of floating-point lanes.
+///
+/// # Safety
+/// All methods may only run on a machine that has the implementor's instructions; pointers must be valid for
+/// `LANES` elements (any alignment).
+pub(crate) unsafe trait Vector: Copy {
+    /// Lane type.
+    type Elem: Real;
+    /// Number of lanes.
+    const LANES: usize;
+
+    unsafe fn load(from: *const Self::Elem) -> Self;
+    unsafe fn store(self, to: *mut Self::Elem);
+    unsafe fn splat(value: Self::Elem) -> Self;
+    unsafe fn add(self, other: Self) -> Self;
+    unsafe fn sub(self, other: Self) -> Self;
+    unsafe fn mul(self, other: Self) -> Self;
+    unsafe fn div(self, other: Self) -> Self;
+    /// The larger lane; `other` where either is NaN.
+    unsafe fn max(self, other: Self) -> Self;
+    /// The smaller lane; `other` where either is NaN.
+    unsafe fn min(self, other: Self) -> Self;
+    /// `self * a + b`, fused where the machine can.
+    unsafe fn mul_add(self, a: Self, b: Self) -> Self;
+    unsafe fn floor(self) -> Self;
+    /// `a` where `self > other`, else `b`.
+    unsafe fn where_greater(self, other: Self, a: Self, b: Self) -> Self;
+    /// Whether any lane of `self` is greater than `other`'s.
+    unsafe fn any_greater(self, other: Self) -> bool;
+    /// `2^n` for integral lanes: exact, 0 below -126 - 23 (or -127 where subnormals are not built), inf from 128 on.
+    unsafe fn exp2_integer_times(self, factor: Self) -> Self;
+    /// Sum of the lanes, in a fixed order.
+    unsafe fn sum(self) -> Self::Elem;
+    /// `LANES` rows to `LANES` columns. The default goes through memory.
+    #[inline(always)]
+    unsafe fn transpose(rows: &mut [Self; 16]) {
+        // SAFETY: the scratch holds 16 x 16 lanes and LANES is at most 16.
+        unsafe {
+            let mut scratch = [[Self::Elem::ZERO; 16]; 16];
+            for (row, line) in rows.iter().zip(&mut scratch).take(Self::LANES) {
+                row.store(line.as_mut_ptr());
+            }
+            for j in 0..Self::LANES {
+                let mut column = [Self::Elem::ZERO; 16];
+                for i in 0..Self::LANES {
+                    column[i] = scratch[i][j];
+                }
+                rows[j] = Self::load(column.as_ptr());
+            }
+        }
+    }
+
+    /// 2^x by lanes. Single precision: relative error below 2e-7 for results above 2^-126; 0 for -inf; NaN stays NaN.
+    ///
+    /// x = n + f with n = floor(x); 2^f by the degree-5 minimax polynomial on [0, 1) that FlashAttention-4 lists
+    /// (relative error 1.5e-7), 2^n by the exponent. Double precision overrides it with an exact function.
+    #[inline(always)]
+    unsafe fn exp2(self) -> Self {
+        // SAFETY: lane arithmetic only.
+        unsafe {
+            let c = |value: f64| Self::splat(Self::Elem::of(value));
+            // The constants come first, so a NaN lane passes through the comparisons.
+            let x = c(128.0).min(c(-150.0).max(self));
+            let n = x.floor();
+            let f = x.sub(n);
+            let mut p = c(1.868_101_535_324_855e-3);
+            p = p.mul_add(f, c(9.014_522_656_798_367e-3));
+            p = p.mul_add(f, c(5.580_218_806_236_87e-2));
+            p = p.mul_add(f, c(0.240_163_609_385_094_9));
+            p = p.mul_add(f, c(0.693_151_414_394_378_7));
+            p = p.mul_add(f, c(1.0));
+            n.exp2_integer_times(p)
+        }
+    }
+}
+
+/// A way to multiply and accumulate units of two operands into lanes of an accumulator.
+///
+/// A *unit* is what one step along the reduction reads: one element, or a pair of bfloat16.
+///
+/// # Safety
+/// As for [`Vector`].
+pub(crate) unsafe trait Dot {
+    /// The accumulator register.
+    type V: Vector;
+    /// Unit of the operand that is broadcast.
+    type A: Copy;
+    /// Unit of the operand that is loaded by lanes.
+    type B: Copy;
+    /// A broadcast unit.
+    type AReg: Copy;
+    /// A register of units.
+    type BReg: Copy;
+
+    unsafe fn splat_a(from: *const Self::A) -> Self::AReg;
+    unsafe fn load_b(from: *const Self::B) -> Self::BReg;
+    unsafe fn fma(a: Self::AReg, b: Self::BReg, acc: Self::V) -> Self::V;
+}
+
+/// Both operands are lanes of the accumulator's own type.
+pub(crate) struct Plain<V>(std::marker::PhantomData<V>);
+
+// SAFETY: forwards to the vector's own operations.
+unsafe impl<V: Vector> Dot for Plain<V> {
+    type V = V;
+    type A = V::Elem;
+    type B = V::Elem;
+    type AReg = V;
+    type BReg = V;
+
+    #[inline(always)]
+    unsafe fn splat_a(from: *const V::Elem) -> V {
+        // SAFETY: the caller passes a readable unit.
+        unsafe { V::splat(from.read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn load_b(from: *const V::Elem) -> V {
+        // SAFETY: the caller passes LANES readable units.
+        unsafe { V::load(from) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: V, b: V, acc: V) -> V {
+        // SAFETY: lane arithmetic.
+        unsafe { a.mul_add(b, acc) }
+    }
+}
+
+/// Single-precision registers that also know bfloat16, as pairs (32-bit units) and as single 16-bit elements.
+///
+/// # Safety
+/// As for [`Vector`].
+pub(crate) unsafe trait Half: Vector<Elem = f32> {
+    /// The low (even) elements of `LANES` pairs, widened.
+    unsafe fn load_low(from: *const u32) -> Self;
+    /// The high (odd) elements of `LANES` pairs, widened.
+    unsafe fn load_high(from: *const u32) -> Self;
+    /// `LANES` bfloat16 elements, widened.
+    unsafe fn load_bf16(from: *const u16) -> Self;
+    /// Rounds two registers to bfloat16 (nearest even, NaN kept) and stores them as `LANES` pairs.
+    unsafe fn store_pairs(low: Self, high: Self, to: *mut u32);
+}
+
+/// bfloat16 pairs multiplied as two single-precision products: for machines without a dot-product unit.
+pub(crate) struct Pairs<V>(std::marker::PhantomData<V>);
+
+// SAFETY: forwards to the vector's own operations.
+unsafe impl<V: Half> Dot for Pairs<V> {
+    type V = V;
+    type A = u32;
+    type B = u32;
+    type AReg = (V, V);
+    type BReg = (V, V);
+
+    #[inline(always)]
+    unsafe fn splat_a(from: *const u32) -> (V, V) {
+        // SAFETY: the caller passes a readable unit.
+        unsafe {
+            let pair = from.read_unaligned();
+            (V::splat(f32::from_bits(pair << 16)), V::splat(f32::from_bits(pair & 0xffff_0000)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_b(from: *const u32) -> (V, V) {
+        // SAFETY: the caller passes LANES readable units.
+        unsafe { (V::load_low(from), V::load_high(from)) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: (V, V), b: (V, V), acc: V) -> V {
+        // SAFETY: lane arithmetic. Low before high on every level, as the dot-product unit does.
+        unsafe { a.1.mul_add(b.1, a.0.mul_add(b.0, acc)) }
+    }
+}
+
+/// Single-precision broadcast times bfloat16 lanes, widened on load.
+pub(crate) struct Widen<V>(std::marker::PhantomData<V>);
+
+// SAFETY: forwards to the vector's own operations.
+unsafe impl<V: Half> Dot for Widen<V> {
+    type V = V;
+    type A = f32;
+    type B = u16;
+    type AReg = V;
+    type BReg = V;
+
+    #[inline(always)]
+    unsafe fn splat_a(from: *const f32) -> V {
+        // SAFETY: the caller passes a readable unit.
+        unsafe { V::splat(from.read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn load_b(from: *const u16) -> V {
+        // SAFETY: the caller passes LANES readable units.
+        unsafe { V::load_bf16(from) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: V, b: V, acc: V) -> V {
+        // SAFETY: lane arithmetic.
+        unsafe { a.mul_add(b, acc) }
+    }
+}

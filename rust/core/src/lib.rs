@@ -1,0 +1,26 @@
+//! The pure-Rust core of tilewise: no Python, no framework, no I/O.
+//!
+//! Floor (everything leans on it): [`error`], [`dtype`], [`view`], [`threads`], [`rng`], [`arch`].
+//!
+//! Rooms, each one concept under the name it has on every floor:
+//! * [`gemm`]: blocking and packing around the matrix micro-kernels;
+//! * [`attention`]: forward attention by tiles, and decode by key chunks;
+//! * [`moe`]: routers, `Routing`, and the expert layer;
+//! * [`speculation`]: exact verification of drafted tokens.
+//!
+//! `unsafe` lives in `arch` and `view` alone.
+#![deny(unsafe_code)]
+
+#[allow(unsafe_code)]
+pub mod arch;
+pub mod dtype;
+pub mod error;
+pub mod rng;
+pub mod threads;
+#[allow(unsafe_code)]
+pub mod view;
+
+pub mod attention;
+pub mod gemm;
+pub mod moe;
+pub mod speculation;

@@ -1,0 +1,429 @@
+//! Borrowed, strided views of memory that somebody else owns.
+//!
+//! [`Array`] is an untyped read-only view of any rank; [`Matrix`] is a typed view of two axes with arbitrary
+//! strides (zero and negative included); [`ArrayMut`] and [`Rows`] are the writable side: `Rows` hands out each
+//! row at most once, so tasks on many threads can fill one output without a lock and without aliasing.
+//!
+//! This is one of the three places with `unsafe`: constructors state what must hold, everything else is checked.
+
+use crate::dtype::{Dtype, Element};
+use crate::error::{Error, Result};
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// An untyped, read-only, strided view.
+#[derive(Debug, Clone)]
+pub struct Array<'a> {
+    data: *const u8,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    strides: Vec<isize>,
+    marker: PhantomData<&'a u8>,
+}
+
+// SAFETY: the view only reads, and `from_raw_parts` requires memory that nobody writes during 'a.
+unsafe impl Send for Array<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Array<'_> {}
+
+impl<'a> Array<'a> {
+    /// Wraps foreign memory. Strides count elements.
+    ///
+    /// # Safety
+    /// Every index inside `shape` must address readable, initialised memory of `dtype` that lives and is not
+    /// written during `'a`.
+    ///
+    /// # Errors
+    /// A pointer that is not aligned to its element is refused.
+    pub unsafe fn from_raw_parts(data: *const u8, dtype: Dtype, shape: Vec<usize>, strides: Vec<isize>) -> Result<Self> {
+        assert_eq!(shape.len(), strides.len());
+        check_alignment(data, dtype, &shape)?;
+        Ok(Self { data, dtype, shape, strides, marker: PhantomData })
+    }
+
+    /// A row-major view of a slice.
+    ///
+    /// # Errors
+    /// The product of `shape` must be the length of the slice.
+    pub fn from_slice<T: Element>(data: &'a [T], shape: &[usize]) -> Result<Self> {
+        let strides = row_major(shape);
+        Self::from_slice_strided(data, 0, shape, &strides)
+    }
+
+    /// A view of a slice with any offset and strides that stay inside it.
+    ///
+    /// # Errors
+    /// Indices that would leave the slice are refused.
+    pub fn from_slice_strided<T: Element>(data: &'a [T], offset: usize, shape: &[usize], strides: &[isize]) -> Result<Self> {
+        check_bounds(data.len(), offset, shape, strides)?;
+        let pointer = if shape.contains(&0) { data.as_ptr() } else { &raw const data[offset] };
+        Ok(Self { data: pointer.cast(), dtype: T::DTYPE, shape: shape.to_vec(), strides: strides.to_vec(), marker: PhantomData })
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Extents.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Strides in elements.
+    pub fn strides(&self) -> &[isize] {
+        &self.strides
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// True if there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.shape.contains(&0)
+    }
+
+    /// The same memory with its axes reordered: axis `i` of the result is axis `order[i]` of this view.
+    pub fn permuted(&self, order: &[usize]) -> Self {
+        assert_eq!(order.len(), self.shape.len());
+        Self {
+            shape: order.iter().map(|&axis| self.shape[axis]).collect(),
+            strides: order.iter().map(|&axis| self.strides[axis]).collect(),
+            ..self.clone()
+        }
+    }
+
+    /// The last two axes at one index of the leading ones.
+    ///
+    /// # Panics
+    /// On a wrong type, rank or index: callers validate first.
+    pub fn matrix<T: Element>(&self, lead: &[usize]) -> Matrix<'a, T> {
+        let rank = self.shape.len();
+        assert!(self.dtype == T::DTYPE && lead.len() + 2 == rank, "matrix(): wrong type or rank");
+        let (rows, cols) = (self.shape[rank - 2], self.shape[rank - 1]);
+        let empty = rows == 0 || cols == 0;
+        let pointer = if empty { std::ptr::NonNull::<T>::dangling().as_ptr() } else { self.address(lead) };
+        Matrix { data: pointer, rows, cols, row_stride: self.strides[rank - 2], col_stride: self.strides[rank - 1], marker: PhantomData }
+    }
+
+    /// The last axis at one index of the leading ones, as a matrix of one row.
+    ///
+    /// # Panics
+    /// On a wrong type, rank or index.
+    pub fn vector<T: Element>(&self, lead: &[usize]) -> Matrix<'a, T> {
+        let rank = self.shape.len();
+        assert!(self.dtype == T::DTYPE && lead.len() + 1 == rank, "vector(): wrong type or rank");
+        let cols = self.shape[rank - 1];
+        let pointer = if cols == 0 { std::ptr::NonNull::<T>::dangling().as_ptr() } else { self.address(lead) };
+        Matrix { data: pointer, rows: 1, cols, row_stride: 0, col_stride: self.strides[rank - 1], marker: PhantomData }
+    }
+
+    /// One element.
+    ///
+    /// # Panics
+    /// On a wrong type, rank or index.
+    pub fn get<T: Element>(&self, index: &[usize]) -> T {
+        assert!(self.dtype == T::DTYPE && index.len() == self.shape.len(), "get(): wrong type or rank");
+        // SAFETY: `address` checks every coordinate against the shape.
+        unsafe { *self.address::<T>(index) }
+    }
+
+    fn address<T>(&self, lead: &[usize]) -> *const T {
+        let mut offset = 0isize;
+        for (axis, &index) in lead.iter().enumerate() {
+            assert!(index < self.shape[axis], "index {index} outside axis {axis} of {:?}", self.shape);
+            offset += index as isize * self.strides[axis];
+        }
+        // SAFETY: the offset addresses an element inside the shape (or the base of a non-empty tail).
+        unsafe { self.data.cast::<T>().offset(offset) }
+    }
+}
+
+/// A typed, read-only matrix with arbitrary strides (in elements).
+#[derive(Debug)]
+pub struct Matrix<'a, T> {
+    data: *const T,
+    rows: usize,
+    cols: usize,
+    row_stride: isize,
+    col_stride: isize,
+    marker: PhantomData<&'a T>,
+}
+
+impl<T> Clone for Matrix<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Matrix<'_, T> {}
+// SAFETY: reads only; see `Array`.
+unsafe impl<T: Sync> Send for Matrix<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Matrix<'_, T> {}
+
+impl<'a, T: Copy> Matrix<'a, T> {
+    /// A row-major matrix over a slice whose rows lie `stride` apart.
+    ///
+    /// # Panics
+    /// If the rows do not fit the slice.
+    pub fn new(data: &'a [T], rows: usize, cols: usize, stride: usize) -> Self {
+        assert!(rows == 0 || cols == 0 || (rows - 1) * stride + cols <= data.len(), "matrix does not fit its slice");
+        Self { data: data.as_ptr(), rows, cols, row_stride: stride as isize, col_stride: 1, marker: PhantomData }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Distance between rows, in elements.
+    pub fn row_stride(&self) -> isize {
+        self.row_stride
+    }
+
+    /// Distance between columns, in elements.
+    pub fn col_stride(&self) -> isize {
+        self.col_stride
+    }
+
+    /// Address of element (0, 0); dangling if the matrix is empty.
+    pub fn as_ptr(&self) -> *const T {
+        self.data
+    }
+
+    /// Element (i, j).
+    ///
+    /// # Panics
+    /// If the index is outside.
+    #[inline(always)]
+    pub fn at(&self, i: usize, j: usize) -> T {
+        assert!(i < self.rows && j < self.cols);
+        // SAFETY: checked just above; the invariant of the type covers every index inside.
+        unsafe { *self.data.offset(i as isize * self.row_stride + j as isize * self.col_stride) }
+    }
+
+    /// Row `i` as a slice, if its elements are adjacent.
+    ///
+    /// # Panics
+    /// If the row is outside.
+    #[inline(always)]
+    pub fn row(&self, i: usize) -> Option<&'a [T]> {
+        assert!(i < self.rows);
+        if self.col_stride != 1 && self.cols > 1 {
+            return None;
+        }
+        // SAFETY: the row's `cols` adjacent elements are inside the matrix and initialised.
+        Some(unsafe { std::slice::from_raw_parts(self.data.offset(i as isize * self.row_stride), self.cols) })
+    }
+
+    /// A rectangular part.
+    ///
+    /// # Panics
+    /// If the part leaves the matrix.
+    #[inline]
+    pub fn part(&self, rows: Range<usize>, cols: Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= self.rows && cols.start <= cols.end && cols.end <= self.cols);
+        let mut data = self.data;
+        if !rows.is_empty() && !cols.is_empty() {
+            // SAFETY: (rows.start, cols.start) is an element of this matrix.
+            data = unsafe { data.offset(rows.start as isize * self.row_stride + cols.start as isize * self.col_stride) };
+        }
+        Self { data, rows: rows.len(), cols: cols.len(), ..*self }
+    }
+
+    /// Rows and columns exchanged.
+    pub fn transposed(&self) -> Self {
+        Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..*self }
+    }
+}
+
+/// An untyped, writable view whose last axis is contiguous.
+#[derive(Debug)]
+pub struct ArrayMut<'a> {
+    data: *mut u8,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    strides: Vec<isize>,
+    marker: PhantomData<&'a mut u8>,
+}
+
+// SAFETY: the view is the only access to its memory during 'a (see `from_raw_parts`).
+unsafe impl Send for ArrayMut<'_> {}
+
+impl<'a> ArrayMut<'a> {
+    /// Wraps foreign memory that will be written. Strides count elements.
+    ///
+    /// # Safety
+    /// Every index inside `shape` must address writable memory of `dtype` that lives during `'a`, that nothing
+    /// else touches during `'a`, and no two indices may share an address.
+    ///
+    /// # Errors
+    /// The pointer must be aligned and the last axis contiguous.
+    pub unsafe fn from_raw_parts(data: *mut u8, dtype: Dtype, shape: Vec<usize>, strides: Vec<isize>) -> Result<Self> {
+        assert_eq!(shape.len(), strides.len());
+        check_alignment(data, dtype, &shape)?;
+        if let (Some(&extent), Some(&stride)) = (shape.last(), strides.last())
+            && extent > 1
+            && stride != 1
+        {
+            return Err(Error::value("out", "an output whose last axis is contiguous", format!("stride {stride}")));
+        }
+        Ok(Self { data, dtype, shape, strides, marker: PhantomData })
+    }
+
+    /// A row-major writable view of a slice.
+    ///
+    /// # Errors
+    /// The product of `shape` must be the length of the slice.
+    pub fn from_slice<T: Element>(data: &'a mut [T], shape: &[usize]) -> Result<Self> {
+        let strides = row_major(shape);
+        check_bounds(data.len(), 0, shape, &strides)?;
+        Ok(Self { data: data.as_mut_ptr().cast(), dtype: T::DTYPE, shape: shape.to_vec(), strides, marker: PhantomData })
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Extents.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The rows (all axes but the last), to be handed out to tasks.
+    ///
+    /// # Panics
+    /// On a wrong type or rank 0.
+    pub fn rows<T: Element>(self) -> Rows<'a, T> {
+        assert!(self.dtype == T::DTYPE && !self.shape.is_empty(), "rows(): wrong type or rank");
+        let lead = self.shape.len() - 1;
+        let count = self.shape[..lead].iter().product();
+        let claimed = (0..count).map(|_| AtomicBool::new(false)).collect();
+        Rows { data: self.data.cast(), shape: self.shape[..lead].to_vec(), strides: self.strides[..lead].to_vec(), width: self.shape[lead], claimed, marker: PhantomData }
+    }
+}
+
+/// Rows of an output, each of which can be taken once, from any thread.
+#[derive(Debug)]
+pub struct Rows<'a, T> {
+    data: *mut T,
+    shape: Vec<usize>,
+    strides: Vec<isize>,
+    width: usize,
+    claimed: Vec<AtomicBool>,
+    marker: PhantomData<&'a mut T>,
+}
+
+// SAFETY: `take` gives each row to one caller only, so no two threads hold the same memory.
+unsafe impl<T: Send> Sync for Rows<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Send for Rows<'_, T> {}
+
+impl<'a, T: Element> Rows<'a, T> {
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.claimed.len()
+    }
+
+    /// True if there is no row.
+    pub fn is_empty(&self) -> bool {
+        self.claimed.is_empty()
+    }
+
+    /// Elements in a row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Row `index` (row-major over the leading axes).
+    ///
+    /// # Panics
+    /// If the row is outside or was taken before: that would be a bug in a schedule, not bad input.
+    pub fn take(&self, index: usize) -> &'a mut [T] {
+        assert!(!self.claimed[index].swap(true, Ordering::Relaxed), "output row {index} taken twice");
+        let (mut rest, mut offset) = (index, 0isize);
+        for (&extent, &stride) in self.shape.iter().zip(&self.strides).rev() {
+            offset += (rest % extent) as isize * stride;
+            rest /= extent;
+        }
+        // SAFETY: the row lies inside the view, rows do not overlap, and the flag above makes this the only
+        // reference to it that will ever be handed out.
+        unsafe { std::slice::from_raw_parts_mut(self.data.offset(offset), self.width) }
+    }
+}
+
+fn row_major(shape: &[usize]) -> Vec<isize> {
+    let mut strides = vec![1isize; shape.len()];
+    for axis in (1..shape.len()).rev() {
+        strides[axis - 1] = strides[axis] * shape[axis].max(1) as isize;
+    }
+    strides
+}
+
+fn check_alignment(data: *const u8, dtype: Dtype, shape: &[usize]) -> Result<()> {
+    if shape.contains(&0) || (data as usize).is_multiple_of(dtype.bytes()) {
+        return Ok(());
+    }
+    Err(Error::value("array", format!("memory aligned to {} bytes for {dtype}", dtype.bytes()), format!("address {data:p}"))
+        .hint("pass a copy (numpy: x.copy(), torch: x.clone())"))
+}
+
+fn check_bounds(len: usize, offset: usize, shape: &[usize], strides: &[isize]) -> Result<()> {
+    assert_eq!(shape.len(), strides.len());
+    if shape.contains(&0) {
+        return Ok(());
+    }
+    let (mut low, mut high) = (offset as i128, offset as i128);
+    for (&extent, &stride) in shape.iter().zip(strides) {
+        let reach = (extent as i128 - 1) * stride as i128;
+        if reach < 0 { low += reach } else { high += reach }
+    }
+    if low < 0 || high >= len as i128 {
+        return Err(Error::shape("view", format!("extents and strides {strides:?} inside {len} elements"), shape));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strided_reads_and_parts() {
+        let data: Vec<f32> = (0..24).map(|x| x as f32).collect();
+        let a = Array::from_slice_strided(&data, 23, &[2, 3], &[-12, -4]).unwrap();
+        let m = a.matrix::<f32>(&[]);
+        assert_eq!((m.at(0, 0), m.at(1, 2)), (23.0, 3.0));
+        assert!(m.row(0).is_none());
+        let p = m.part(1..2, 1..3).transposed();
+        assert_eq!((p.rows(), p.cols(), p.at(1, 0)), (2, 1, 3.0));
+        let broadcast = Array::from_slice_strided(&data, 5, &[4, 1], &[0, 0]).unwrap();
+        assert_eq!(broadcast.matrix::<f32>(&[]).at(3, 0), 5.0);
+    }
+
+    #[test]
+    fn views_that_leave_their_memory_are_refused() {
+        let data = [0f32; 10];
+        assert!(Array::from_slice_strided(&data, 0, &[3, 4], &[4, 1]).is_err());
+        assert!(Array::from_slice_strided(&data, 0, &[2], &[-1]).is_err());
+        assert!(Array::from_slice_strided(&data, 99, &[0, 4], &[4, 1]).is_ok());
+    }
+
+    #[test]
+    #[should_panic(expected = "taken twice")]
+    fn a_row_is_handed_out_once() {
+        let mut data = [0f32; 6];
+        let rows = ArrayMut::from_slice(&mut data, &[3, 2]).unwrap().rows::<f32>();
+        rows.take(1)[0] = 1.0;
+        rows.take(1);
+    }
+}

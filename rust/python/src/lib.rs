@@ -1,0 +1,28 @@
+//! The binding: one thin file per room, and the two modules they all go through.
+//!
+//! * [`arrays`]: arrays in and out (DLPack), nothing else knows the layout of foreign memory;
+//! * [`door`]: the one way into the core (detach, catch panics and Ctrl-C, map errors);
+//! * the rooms: convert arguments, enter, return. No mathematics and no defaults live here.
+//!
+//! The core's buffers never become user-visible arrays: callers allocate outputs.
+
+mod arrays;
+mod attention;
+mod config;
+mod door;
+mod gemm;
+mod moe;
+mod speculation;
+
+use pyo3::prelude::*;
+
+/// The native part of tilewise. Private: use the `tilewise` package.
+#[pymodule(gil_used = false)]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    config::register(module)?;
+    gemm::register(module)?;
+    attention::register(module)?;
+    moe::register(module)?;
+    speculation::register(module)?;
+    Ok(())
+}
