@@ -245,6 +245,18 @@ impl<'a, T: Copy> Matrix<'a, T> {
     }
 }
 
+impl<'a> Matrix<'a, half::bf16> {
+    /// Adjacent columns read as 32-bit pairs (the even column in the low half), if the layout allows it: adjacent
+    /// columns, an even number of them, and rows that start on a multiple of four bytes.
+    pub fn pairs(&self) -> Option<Matrix<'a, u32>> {
+        let aligned = (self.data as usize).is_multiple_of(4) && (self.row_stride % 2 == 0 || self.rows <= 1);
+        if !aligned || !self.cols.is_multiple_of(2) || (self.col_stride != 1 && self.cols > 0) || cfg!(target_endian = "big") {
+            return None;
+        }
+        Some(Matrix { data: self.data.cast(), rows: self.rows, cols: self.cols / 2, row_stride: self.row_stride / 2, col_stride: 1, marker: PhantomData })
+    }
+}
+
 /// An untyped, writable view whose last axis is contiguous.
 #[derive(Debug)]
 pub struct ArrayMut<'a> {
@@ -304,11 +316,23 @@ impl<'a> ArrayMut<'a> {
     /// # Panics
     /// On a wrong type or rank 0.
     pub fn rows<T: Element>(self) -> Rows<'a, T> {
-        assert!(self.dtype == T::DTYPE && !self.shape.is_empty(), "rows(): wrong type or rank");
+        let width = self.shape.last().copied().unwrap_or(0);
+        self.segments(width.max(1))
+    }
+
+    /// The rows cut into segments of `length` elements (the last one shorter): segment `s` of row `r` has number
+    /// `r * segments_per_row + s`.
+    ///
+    /// # Panics
+    /// On a wrong type, rank 0 or length 0.
+    pub fn segments<T: Element>(self, length: usize) -> Rows<'a, T> {
+        assert!(self.dtype == T::DTYPE && !self.shape.is_empty() && length > 0, "segments(): wrong type or rank");
         let lead = self.shape.len() - 1;
-        let count = self.shape[..lead].iter().product();
+        let width = self.shape[lead];
+        let per_row = width.div_ceil(length).max(1);
+        let count = self.shape[..lead].iter().product::<usize>() * per_row;
         let claimed = (0..count).map(|_| AtomicBool::new(false)).collect();
-        Rows { data: self.data.cast(), shape: self.shape[..lead].to_vec(), strides: self.strides[..lead].to_vec(), width: self.shape[lead], claimed, marker: PhantomData }
+        Rows { data: self.data.cast(), shape: self.shape[..lead].to_vec(), strides: self.strides[..lead].to_vec(), width, length, per_row, claimed, marker: PhantomData }
     }
 }
 
@@ -319,6 +343,8 @@ pub struct Rows<'a, T> {
     shape: Vec<usize>,
     strides: Vec<isize>,
     width: usize,
+    length: usize,
+    per_row: usize,
     claimed: Vec<AtomicBool>,
     marker: PhantomData<&'a mut T>,
 }
@@ -329,9 +355,14 @@ unsafe impl<T: Send> Sync for Rows<'_, T> {}
 unsafe impl<T: Send> Send for Rows<'_, T> {}
 
 impl<'a, T: Element> Rows<'a, T> {
-    /// Number of rows.
+    /// Number of rows (or segments).
     pub fn len(&self) -> usize {
         self.claimed.len()
+    }
+
+    /// Segments in a row.
+    pub fn per_row(&self) -> usize {
+        self.per_row
     }
 
     /// True if there is no row.
@@ -344,20 +375,21 @@ impl<'a, T: Element> Rows<'a, T> {
         self.width
     }
 
-    /// Row `index` (row-major over the leading axes).
+    /// Row (or segment) `index`, row-major over the leading axes.
     ///
     /// # Panics
     /// If the row is outside or was taken before: that would be a bug in a schedule, not bad input.
     pub fn take(&self, index: usize) -> &'a mut [T] {
         assert!(!self.claimed[index].swap(true, Ordering::Relaxed), "output row {index} taken twice");
-        let (mut rest, mut offset) = (index, 0isize);
+        let start = index % self.per_row * self.length;
+        let (mut rest, mut offset) = (index / self.per_row, start as isize);
         for (&extent, &stride) in self.shape.iter().zip(&self.strides).rev() {
             offset += (rest % extent) as isize * stride;
             rest /= extent;
         }
         // SAFETY: the row lies inside the view, rows do not overlap, and the flag above makes this the only
         // reference to it that will ever be handed out.
-        unsafe { std::slice::from_raw_parts_mut(self.data.offset(offset), self.width) }
+        unsafe { std::slice::from_raw_parts_mut(self.data.offset(offset), self.length.min(self.width - start)) }
     }
 }
 

@@ -24,6 +24,8 @@ pub struct Table<T: Real> {
     activation: unsafe fn(Activation, *mut T, *const T, usize),
     scale_rows: unsafe fn(*mut T, usize, usize, *const T),
     add_scaled: unsafe fn(*mut T, *const T, T, usize),
+    row_max: unsafe fn(*const T, T, usize) -> T,
+    row_exp2: unsafe fn(*mut T, T, T, usize) -> T,
 }
 
 /// Kernels on bfloat16, accumulating in single precision.
@@ -63,19 +65,17 @@ impl<T: Real> Online<T> {
     }
 }
 
-fn check_tile<A: Copy, B, T>(lanes: usize, registers: usize, a: Matrix<'_, A>, b: &[B], b_step: usize, c: &[T], c_row: usize, width: usize) {
-    assert!(width > 0 && width.is_multiple_of(lanes) && width / lanes <= registers, "panel width {width}");
-    assert!(a.cols() == 0 || (a.cols() - 1) * b_step + width <= b.len(), "tile: panel too short");
+fn tile_args<A: Copy, B: Copy, T>(lanes: usize, registers: usize, a: Matrix<'_, A>, b: Matrix<'_, B>, c: &mut [T], c_row: usize, accumulate: bool) -> tile::Args<A, B, T> {
+    let width = b.cols();
+    assert!(width > 0 && width.is_multiple_of(lanes) && width / lanes <= registers, "tile: width {width}");
+    assert!(a.cols() == b.rows() && (b.rows() == 0 || b.col_stride() == 1), "tile: operands do not match");
     assert!(a.rows() == 0 || (a.rows() - 1) * c_row + width <= c.len(), "tile: output too short");
-}
-
-fn tile_args<A: Copy, B, T>(a: Matrix<'_, A>, b: &[B], b_step: usize, c: &mut [T], c_row: usize, width: usize, accumulate: bool) -> tile::Args<A, B, T> {
     tile::Args {
         a: a.as_ptr(),
         a_row: a.row_stride(),
         a_step: a.col_stride(),
         b: b.as_ptr(),
-        b_step,
+        b_step: b.row_stride(),
         depth: a.cols(),
         c: c.as_mut_ptr(),
         c_row,
@@ -128,11 +128,12 @@ impl<T: Real> Table<T> {
         self.lanes * self.registers
     }
 
-    /// `C[r, lane] (+)= sum over k of A[r, k] * B[k, lane]`; row k of B starts at `b[k * b_step]`.
-    pub fn tile(&self, a: Matrix<'_, T>, b: &[T], b_step: usize, c: &mut [T], c_row: usize, width: usize, accumulate: bool) {
-        check_tile(self.lanes, self.registers, a, b, b_step, c, c_row, width);
+    /// `C[r, lane] (+)= sum over k of A[r, k] * B[k, lane]`; the rows of B are adjacent lanes, as many as B has columns
+    /// (whole registers); row r of C starts at `c[r * c_row]`.
+    pub fn tile(&self, a: Matrix<'_, T>, b: Matrix<'_, T>, c: &mut [T], c_row: usize, accumulate: bool) {
+        let args = tile_args(self.lanes, self.registers, a, b, c, c_row, accumulate);
         // SAFETY: extents checked; `Matrix` covers its own; the level is available (module docs).
-        unsafe { (self.tile)(&tile_args(a, b, b_step, c, c_row, width, accumulate)) }
+        unsafe { (self.tile)(&args) }
     }
 
     /// `out[x, w] = <X[x], W[w]>`, units adjacent in both.
@@ -192,6 +193,18 @@ impl<T: Real> Table<T> {
         // SAFETY: extents checked; level as above.
         unsafe { (self.add_scaled)(sum.as_mut_ptr(), x.as_ptr(), weight, x.len()) }
     }
+
+    /// The largest `row[i] * factor`; -inf for an empty row. NaN entries are passed over.
+    pub fn row_max(&self, row: &[T], factor: T) -> T {
+        // SAFETY: one slice; level as above.
+        unsafe { (self.row_max)(row.as_ptr(), factor, row.len()) }
+    }
+
+    /// `row[i] = 2^(row[i] * factor - reference)`; returns the sum.
+    pub fn row_exp2(&self, row: &mut [T], factor: T, reference: T) -> T {
+        // SAFETY: one slice; level as above.
+        unsafe { (self.row_exp2)(row.as_mut_ptr(), factor, reference, row.len()) }
+    }
 }
 
 impl HalfTable {
@@ -201,22 +214,29 @@ impl HalfTable {
     }
 
     /// As [`Table::tile`], on bfloat16 pairs.
-    pub fn tile(&self, a: Matrix<'_, u32>, b: &[u32], b_step: usize, c: &mut [f32], c_row: usize, width: usize, accumulate: bool) {
-        check_tile(self.lanes, self.registers, a, b, b_step, c, c_row, width);
+    pub fn tile(&self, a: Matrix<'_, u32>, b: Matrix<'_, u32>, c: &mut [f32], c_row: usize, accumulate: bool) {
+        let args = tile_args(self.lanes, self.registers, a, b, c, c_row, accumulate);
         // SAFETY: extents checked; level as in `Table`.
-        unsafe { (self.tile)(&tile_args(a, b, b_step, c, c_row, width, accumulate)) }
+        unsafe { (self.tile)(&args) }
     }
 
     /// As [`Table::tile`], single precision times bfloat16 lanes.
-    pub fn widen(&self, a: Matrix<'_, f32>, b: &[half::bf16], b_step: usize, c: &mut [f32], c_row: usize, width: usize, accumulate: bool) {
-        check_tile(self.lanes, self.registers, a, b, b_step, c, c_row, width);
-        let raw = tile_args(a, b, b_step, c, c_row, width, accumulate);
-        let args = tile::Args {
-            a: raw.a, a_row: raw.a_row, a_step: raw.a_step, b: raw.b.cast::<u16>(), b_step, depth: raw.depth,
-            c: raw.c, c_row, rows: raw.rows, width, accumulate,
-        };
-        // SAFETY: extents checked; bf16 is a transparent u16; level as in `Table`.
-        unsafe { (self.widen)(&args) }
+    pub fn widen(&self, a: Matrix<'_, f32>, b: Matrix<'_, half::bf16>, c: &mut [f32], c_row: usize, accumulate: bool) {
+        let args = tile_args(self.lanes, self.registers, a, b, c, c_row, accumulate);
+        // SAFETY: extents checked; `bf16` is a transparent `u16`; level as in `Table`.
+        unsafe { (self.widen)(&tile::Args { a: args.a, a_row: args.a_row, a_step: args.a_step, b: args.b.cast(), b_step: args.b_step, depth: args.depth, c: args.c, c_row, rows: args.rows, width: args.width, accumulate }) }
+    }
+
+    /// As [`Table::pack`], on bfloat16 pairs: a move of 32-bit units, whatever they mean.
+    pub fn pack(&self, sources: &[&[u32]], depth: usize, width: usize, panel: &mut [u32]) {
+        assert!(sources.len() <= width && width.is_multiple_of(self.lanes) && depth * width <= panel.len());
+        let mut pointers = [std::ptr::null::<f32>(); 64];
+        for (slot, source) in pointers.iter_mut().zip(sources) {
+            assert!(source.len() >= depth, "pack: row too short");
+            *slot = source.as_ptr().cast();
+        }
+        // SAFETY: as in `Table::pack`; f32 and u32 have one size, and moving bits does not look at their meaning.
+        unsafe { (f32::table().pack)(&pointers[..sources.len()], depth, width, panel.as_mut_ptr().cast()) }
     }
 
     /// As [`Table::rows`], on bfloat16 pairs.
@@ -291,7 +311,19 @@ macro_rules! table {
                 // SAFETY: as above.
                 unsafe { pointwise::add_scaled::<V>(sum, x, weight, count) }
             }
+            $(#[$gate])*
+            unsafe fn row_max_entry(row: *const $t, factor: $t, count: usize) -> $t {
+                // SAFETY: as above.
+                unsafe { pointwise::row_max::<V>(row, factor, count) }
+            }
+            $(#[$gate])*
+            unsafe fn row_exp2_entry(row: *mut $t, factor: $t, reference: $t, count: usize) -> $t {
+                // SAFETY: as above.
+                unsafe { pointwise::row_exp2::<V>(row, factor, reference, count) }
+            }
             pub static TABLE: Table<$t> = Table {
+                row_max: row_max_entry,
+                row_exp2: row_exp2_entry,
                 lanes: <V as Vector>::LANES,
                 registers: $registers,
                 tile: tile_entry,

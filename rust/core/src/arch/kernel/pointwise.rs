@@ -192,3 +192,64 @@ pub(crate) unsafe fn add_scaled<V: Vector>(sum: *mut V::Elem, x: *const V::Elem,
         }
     }
 }
+
+/// The largest `row[i] * factor`.
+///
+/// # Safety
+/// `row` holds `count` elements.
+#[inline(always)]
+pub(crate) unsafe fn row_max<V: Vector>(row: *const V::Elem, factor: V::Elem, count: usize) -> V::Elem {
+    // SAFETY: inside the row.
+    unsafe {
+        let mut tops = V::splat(V::Elem::NEG_INFINITY);
+        let whole = count / V::LANES * V::LANES;
+        let mut i = 0;
+        while i < whole {
+            tops = V::load(row.add(i)).mul(V::splat(factor)).max(tops);
+            i += V::LANES;
+        }
+        let mut lanes = [V::Elem::NEG_INFINITY; 16];
+        tops.store(lanes.as_mut_ptr());
+        let mut top = V::Elem::NEG_INFINITY;
+        for value in lanes.into_iter().take(V::LANES).chain((whole..count).map(|i| *row.add(i) * factor)) {
+            if value > top {
+                top = value;
+            }
+        }
+        top
+    }
+}
+
+/// `row[i] = 2^(row[i] * factor - reference)`; returns the sum.
+///
+/// # Safety
+/// `row` holds `count` elements.
+#[inline(always)]
+pub(crate) unsafe fn row_exp2<V: Vector>(row: *mut V::Elem, factor: V::Elem, reference: V::Elem, count: usize) -> V::Elem {
+    // SAFETY: inside the row; the ragged end goes through a buffer of one register.
+    unsafe {
+        let (scale, minus) = (V::splat(factor), V::splat(-reference));
+        let mut sums = V::splat(V::Elem::ZERO);
+        let whole = count / V::LANES * V::LANES;
+        let mut i = 0;
+        while i < whole {
+            let p = V::load(row.add(i)).mul_add(scale, minus).exp2();
+            sums = sums.add(p);
+            p.store(row.add(i));
+            i += V::LANES;
+        }
+        if whole < count {
+            let mut lanes = [V::Elem::NEG_INFINITY; 16];
+            std::ptr::copy_nonoverlapping(row.add(whole), lanes.as_mut_ptr(), count - whole);
+            let mut p = [V::Elem::ZERO; 16];
+            V::load(lanes.as_ptr()).mul_add(scale, minus).exp2().store(p.as_mut_ptr());
+            let mut rest = V::Elem::ZERO;
+            for (at, &value) in p.iter().enumerate().take(count - whole) {
+                row.add(whole + at).write(value);
+                rest = rest + value;
+            }
+            return sums.sum() + rest;
+        }
+        sums.sum()
+    }
+}

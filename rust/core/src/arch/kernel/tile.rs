@@ -25,7 +25,7 @@ pub(crate) struct Args<A, B, C> {
     pub a_row: isize,
     pub a_step: isize,
     pub b: *const B,
-    pub b_step: usize,
+    pub b_step: isize,
     pub depth: usize,
     pub c: *mut C,
     pub c_row: usize,
@@ -67,7 +67,7 @@ unsafe fn strip<D: Dot, const MR: usize, const NV: usize>(
                 }
             }
             a = a.offset(args.a_step);
-            b = b.add(args.b_step);
+            b = b.offset(args.b_step);
         }
         for r in 0..MR {
             for v in 0..NV {

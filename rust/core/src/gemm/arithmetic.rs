@@ -1,0 +1,179 @@
+//! How a reduction over a source type is carried out: its units, its kernels, and the copies in between.
+//!
+//! Everything above this file is written once for all four floating types.
+//!
+//! | source | unit | accumulator | product |
+//! |---|---|---|---|
+//! | f32 | f32 | f32 | fused multiply-add |
+//! | f64 | f64 | f64 | fused multiply-add |
+//! | bf16 | two bf16 in 32 bits | f32 | dot-product unit, or two fused multiply-adds |
+//! | f16 | f32 (converted) | f32 | fused multiply-add |
+
+use crate::arch::{Kernel, half_table};
+use crate::dtype::{Float, Real};
+use crate::view::Matrix;
+use half::{bf16, f16};
+
+/// A source type with its way to multiply.
+pub trait Arithmetic: Float<Acc: Kernel> {
+    /// What one step along the reduction reads.
+    type Unit: Copy + Default + Send + Sync + 'static;
+    /// Elements in a unit.
+    const PER_UNIT: usize;
+
+    /// Copies a line of elements into units; what is past its end becomes zero.
+    fn copy(line: Matrix<'_, Self>, units: &mut [Self::Unit]);
+    /// The same memory as units, where the layout allows.
+    fn borrow(matrix: Matrix<'_, Self>) -> Option<Matrix<'_, Self::Unit>>;
+    /// Lines into a panel; see [`Table::pack`](crate::arch::Table::pack).
+    fn pack(lines: &[&[Self::Unit]], depth: usize, width: usize, panel: &mut [Self::Unit]);
+    /// Broadcast A times lanes of B; see [`Table::tile`](crate::arch::Table::tile).
+    fn tile(a: Matrix<'_, Self::Unit>, b: Matrix<'_, Self::Unit>, c: &mut [Self::Acc], c_row: usize, accumulate: bool);
+    /// Inner products along the units; see [`Table::rows`](crate::arch::Table::rows).
+    fn rows(x: Matrix<'_, Self::Unit>, w: Matrix<'_, Self::Unit>, out: &mut [Self::Acc], out_row: usize);
+    /// A lane-major block of accumulators as units along its rows (rounded to the source type).
+    fn seal(block: &[Self::Acc], rows: usize, width: usize, units: &mut [Self::Unit]);
+    /// Accumulators times lanes of source elements, if the kernel for it exists and B's rows are adjacent lanes.
+    fn mixed(a: Matrix<'_, Self::Acc>, b: Matrix<'_, Self>, c: &mut [Self::Acc], c_row: usize, accumulate: bool) -> bool;
+
+    /// Units that cover `depth` elements.
+    fn units(depth: usize) -> usize {
+        depth.div_ceil(Self::PER_UNIT)
+    }
+    /// Lanes of a register.
+    fn lanes() -> usize {
+        Self::Acc::table().lanes()
+    }
+    /// Lanes of the widest panel.
+    fn panel() -> usize {
+        Self::Acc::table().panel()
+    }
+}
+
+macro_rules! plain {
+    ($t:ty) => {
+        impl Arithmetic for $t {
+            type Unit = $t;
+            const PER_UNIT: usize = 1;
+
+            fn copy(line: Matrix<'_, $t>, units: &mut [$t]) {
+                copy_line(line, units, |x| x);
+            }
+            fn borrow(matrix: Matrix<'_, $t>) -> Option<Matrix<'_, $t>> {
+                Some(matrix)
+            }
+            fn pack(lines: &[&[$t]], depth: usize, width: usize, panel: &mut [$t]) {
+                <$t>::table().pack(lines, depth, width, panel);
+            }
+            fn tile(a: Matrix<'_, $t>, b: Matrix<'_, $t>, c: &mut [$t], c_row: usize, accumulate: bool) {
+                <$t>::table().tile(a, b, c, c_row, accumulate);
+            }
+            fn rows(x: Matrix<'_, $t>, w: Matrix<'_, $t>, out: &mut [$t], out_row: usize) {
+                <$t>::table().rows(x, w, out, out_row);
+            }
+            fn seal(block: &[$t], rows: usize, width: usize, units: &mut [$t]) {
+                units[..rows * width].copy_from_slice(&block[..rows * width]);
+            }
+            fn mixed(a: Matrix<'_, $t>, b: Matrix<'_, $t>, c: &mut [$t], c_row: usize, accumulate: bool) -> bool {
+                if b.col_stride() == 1 {
+                    <$t>::table().tile(a, b, c, c_row, accumulate);
+                }
+                b.col_stride() == 1
+            }
+        }
+    };
+}
+plain!(f32);
+plain!(f64);
+
+impl Arithmetic for f16 {
+    type Unit = f32;
+    const PER_UNIT: usize = 1;
+
+    fn copy(line: Matrix<'_, f16>, units: &mut [f32]) {
+        if let Some(row) = line.row(0) {
+            use half::slice::HalfFloatSliceExt;
+            row.convert_to_f32_slice(&mut units[..row.len()]);
+            units[row.len()..].fill(0.0);
+        } else {
+            copy_line(line, units, f16::to_f32);
+        }
+    }
+    fn borrow(_: Matrix<'_, f16>) -> Option<Matrix<'_, f32>> {
+        None
+    }
+    fn pack(lines: &[&[f32]], depth: usize, width: usize, panel: &mut [f32]) {
+        f32::pack(lines, depth, width, panel);
+    }
+    fn tile(a: Matrix<'_, f32>, b: Matrix<'_, f32>, c: &mut [f32], c_row: usize, accumulate: bool) {
+        f32::tile(a, b, c, c_row, accumulate);
+    }
+    fn rows(x: Matrix<'_, f32>, w: Matrix<'_, f32>, out: &mut [f32], out_row: usize) {
+        <f32 as Arithmetic>::rows(x, w, out, out_row);
+    }
+    fn seal(block: &[f32], rows: usize, width: usize, units: &mut [f32]) {
+        for (unit, value) in units.iter_mut().zip(&block[..rows * width]) {
+            *unit = f16::from_f32(*value).to_f32();
+        }
+    }
+    fn mixed(_: Matrix<'_, f32>, _: Matrix<'_, f16>, _: &mut [f32], _: usize, _: bool) -> bool {
+        false
+    }
+}
+
+impl Arithmetic for bf16 {
+    type Unit = u32;
+    const PER_UNIT: usize = 2;
+
+    fn copy(line: Matrix<'_, bf16>, units: &mut [u32]) {
+        let pair = |low: bf16, high: bf16| u32::from(low.to_bits()) | (u32::from(high.to_bits()) << 16);
+        let whole = line.cols() / 2;
+        if let Some(row) = line.row(0) {
+            for (unit, both) in units.iter_mut().zip(row.as_chunks::<2>().0) {
+                *unit = pair(both[0], both[1]);
+            }
+        } else {
+            for (k, unit) in units.iter_mut().enumerate().take(whole) {
+                *unit = pair(line.at(0, 2 * k), line.at(0, 2 * k + 1));
+            }
+        }
+        if line.cols() % 2 == 1 {
+            units[whole] = pair(line.at(0, line.cols() - 1), bf16::ZERO);
+        }
+        units[line.cols().div_ceil(2)..].fill(0);
+    }
+    fn borrow(matrix: Matrix<'_, bf16>) -> Option<Matrix<'_, u32>> {
+        matrix.pairs()
+    }
+    fn pack(lines: &[&[u32]], depth: usize, width: usize, panel: &mut [u32]) {
+        half_table().pack(lines, depth, width, panel);
+    }
+    fn tile(a: Matrix<'_, u32>, b: Matrix<'_, u32>, c: &mut [f32], c_row: usize, accumulate: bool) {
+        half_table().tile(a, b, c, c_row, accumulate);
+    }
+    fn rows(x: Matrix<'_, u32>, w: Matrix<'_, u32>, out: &mut [f32], out_row: usize) {
+        half_table().rows(x, w, out, out_row);
+    }
+    fn seal(block: &[f32], rows: usize, width: usize, units: &mut [u32]) {
+        half_table().interleave(block, rows, width, units);
+    }
+    fn mixed(a: Matrix<'_, f32>, b: Matrix<'_, bf16>, c: &mut [f32], c_row: usize, accumulate: bool) -> bool {
+        if b.col_stride() == 1 {
+            half_table().widen(a, b, c, c_row, accumulate);
+        }
+        b.col_stride() == 1
+    }
+}
+
+fn copy_line<S: Float, U: Real>(line: Matrix<'_, S>, units: &mut [U], convert: impl Fn(S) -> U) {
+    if let Some(row) = line.row(0) {
+        for (unit, value) in units.iter_mut().zip(row) {
+            *unit = convert(*value);
+        }
+    } else {
+        for (k, unit) in units.iter_mut().enumerate().take(line.cols()) {
+            *unit = convert(line.at(0, k));
+        }
+    }
+    units[line.cols()..].fill(U::ZERO);
+}

@@ -1,0 +1,86 @@
+//! Operands in the order the kernels read them: compact lines, and panels of lines.
+//!
+//! A *line* runs along the reduction. Lines come from a matrix, in order or gathered by an index list.
+
+use super::arithmetic::Arithmetic;
+use crate::view::Matrix;
+
+/// Lines of a matrix: all of them, or the ones an index list names.
+#[derive(Clone, Copy)]
+pub struct Lines<'a, S> {
+    matrix: Matrix<'a, S>,
+    gather: Option<&'a [usize]>,
+}
+
+impl<'a, S: Arithmetic> Lines<'a, S> {
+    /// Every row of `matrix`.
+    pub fn all(matrix: Matrix<'a, S>) -> Self {
+        Self { matrix, gather: None }
+    }
+
+    /// The rows that `gather` names, in its order.
+    pub fn gathered(matrix: Matrix<'a, S>, gather: &'a [usize]) -> Self {
+        Self { matrix, gather: Some(gather) }
+    }
+
+    /// Number of lines.
+    pub fn len(&self) -> usize {
+        self.gather.map_or(self.matrix.rows(), <[usize]>::len)
+    }
+
+    /// True if there is no line.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Elements in a line.
+    pub fn depth(&self) -> usize {
+        self.matrix.cols()
+    }
+
+    /// Line `i`, as a matrix of one row.
+    pub fn line(&self, i: usize) -> Matrix<'a, S> {
+        let row = self.gather.map_or(i, |gather| gather[i]);
+        self.matrix.part(row..row + 1, 0..self.matrix.cols())
+    }
+}
+
+/// Distance, in units, between compact lines of `units` units: not a multiple of 4 KiB, or the lines that a kernel
+/// reads side by side would fall into one set of the first-level cache.
+pub fn line_stride(units: usize) -> usize {
+    units.next_multiple_of(16) + 16
+}
+
+/// Copies lines `first..first + count` compactly; line `i` starts at `i * stride`.
+pub fn compact<S: Arithmetic>(lines: &Lines<'_, S>, first: usize, count: usize, stride: usize, buffer: &mut Vec<S::Unit>) {
+    let units = S::units(lines.depth());
+    buffer.resize((count * stride).max(buffer.len()), S::Unit::default());
+    for i in 0..count {
+        S::copy(lines.line(first + i), &mut buffer[i * stride..i * stride + units]);
+    }
+}
+
+/// Lines `first..first + count` as a panel of `width` lanes (missing lines are zero). `scratch` holds the compact
+/// lines of a type that is not read in place.
+pub fn panel<S: Arithmetic>(lines: &Lines<'_, S>, first: usize, count: usize, width: usize, scratch: &mut Vec<S::Unit>, panel: &mut [S::Unit]) {
+    let units = S::units(lines.depth());
+    let mut sources: [&[S::Unit]; 64] = [&[]; 64];
+    let mut in_place = true;
+    for (i, source) in sources.iter_mut().enumerate().take(count) {
+        match S::borrow(lines.line(first + i)).and_then(|line| line.row(0)) {
+            Some(row) => *source = row,
+            None => {
+                in_place = false;
+                break;
+            }
+        }
+    }
+    if !in_place {
+        let stride = line_stride(units);
+        compact(lines, first, count, stride, scratch);
+        for (i, source) in sources.iter_mut().enumerate().take(count) {
+            *source = &scratch[i * stride..i * stride + units];
+        }
+    }
+    S::pack(&sources[..count], units, width, panel);
+}
