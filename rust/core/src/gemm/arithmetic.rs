@@ -9,7 +9,7 @@
 //! | bf16 | two bf16 in 32 bits | f32 | dot-product unit, or two fused multiply-adds |
 //! | f16 | f32 (converted) | f32 | fused multiply-add |
 
-use crate::arch::{Kernel, half_table};
+use crate::arch::{Kernel, Online, half_table};
 use crate::dtype::{Float, Real};
 use crate::view::Matrix;
 use half::{bf16, f16};
@@ -33,8 +33,16 @@ pub trait Arithmetic: Float<Acc: Kernel> {
     fn rows(x: Matrix<'_, Self::Unit>, w: Matrix<'_, Self::Unit>, out: &mut [Self::Acc], out_row: usize);
     /// A lane-major block of accumulators as units along its rows (rounded to the source type).
     fn seal(block: &[Self::Acc], rows: usize, width: usize, units: &mut [Self::Unit]);
+    /// Up to [`PER_UNIT`](Self::PER_UNIT) rows stacked into one row of units: unit c holds element c of each row.
+    fn stack(rows: Matrix<'_, Self>, units: &mut [Self::Unit]);
     /// Accumulators times lanes of source elements, if the kernel for it exists and B's rows are adjacent lanes.
     fn mixed(a: Matrix<'_, Self::Acc>, b: Matrix<'_, Self>, c: &mut [Self::Acc], c_row: usize, accumulate: bool) -> bool;
+
+    /// One block of the online softmax over a lane-major score block; see [`Table::softmax`](crate::arch::Table::softmax).
+    /// The weights lie where [`weights`](Self::weights) says. Returns whether a reference moved.
+    fn online(scores: &mut [Self::Acc], rows: usize, width: usize, factor: Self::Acc, state: &mut Online<Self::Acc>, units: &mut [Self::Unit]) -> bool;
+    /// The weights that [`online`](Self::online) left: over the scores, or in `units`.
+    fn weights<'w>(scores: &'w [Self::Acc], units: &'w [Self::Unit], count: usize) -> &'w [Self::Unit];
 
     /// Units that cover `depth` elements.
     fn units(depth: usize) -> usize {
@@ -73,6 +81,15 @@ macro_rules! plain {
             }
             fn seal(block: &[$t], rows: usize, width: usize, units: &mut [$t]) {
                 units[..rows * width].copy_from_slice(&block[..rows * width]);
+            }
+            fn stack(rows: Matrix<'_, $t>, units: &mut [$t]) {
+                copy_line(rows, units, |x| x);
+            }
+            fn online(scores: &mut [$t], rows: usize, width: usize, factor: $t, state: &mut Online<$t>, _: &mut [$t]) -> bool {
+                <$t>::table().softmax(scores, rows, width, factor, state)
+            }
+            fn weights<'w>(scores: &'w [$t], _: &'w [$t], count: usize) -> &'w [$t] {
+                &scores[..count]
             }
             fn mixed(a: Matrix<'_, $t>, b: Matrix<'_, $t>, c: &mut [$t], c_row: usize, accumulate: bool) -> bool {
                 if b.col_stride() == 1 {
@@ -116,6 +133,15 @@ impl Arithmetic for f16 {
             *unit = f16::from_f32(*value).to_f32();
         }
     }
+    fn stack(rows: Matrix<'_, f16>, units: &mut [f32]) {
+        Self::copy(rows, units);
+    }
+    fn online(scores: &mut [f32], rows: usize, width: usize, factor: f32, state: &mut Online<f32>, _: &mut [f32]) -> bool {
+        f32::table().softmax(scores, rows, width, factor, state)
+    }
+    fn weights<'w>(scores: &'w [f32], _: &'w [f32], count: usize) -> &'w [f32] {
+        &scores[..count]
+    }
     fn mixed(_: Matrix<'_, f32>, _: Matrix<'_, f16>, _: &mut [f32], _: usize, _: bool) -> bool {
         false
     }
@@ -156,6 +182,26 @@ impl Arithmetic for bf16 {
     }
     fn seal(block: &[f32], rows: usize, width: usize, units: &mut [u32]) {
         half_table().interleave(block, rows, width, units);
+    }
+    fn stack(rows: Matrix<'_, bf16>, units: &mut [u32]) {
+        if rows.rows() == 2
+            && let (Some(low), Some(high)) = (rows.row(0), rows.row(1))
+        {
+            for ((unit, low), high) in units.iter_mut().zip(low).zip(high) {
+                *unit = u32::from(low.to_bits()) | (u32::from(high.to_bits()) << 16);
+            }
+            return;
+        }
+        for (c, unit) in units.iter_mut().enumerate().take(rows.cols()) {
+            let high = if rows.rows() == 2 { rows.at(1, c) } else { bf16::ZERO };
+            *unit = u32::from(rows.at(0, c).to_bits()) | (u32::from(high.to_bits()) << 16);
+        }
+    }
+    fn online(scores: &mut [f32], rows: usize, width: usize, factor: f32, state: &mut Online<f32>, units: &mut [u32]) -> bool {
+        half_table().softmax(scores, rows, width, factor, state, units)
+    }
+    fn weights<'w>(_: &'w [f32], units: &'w [u32], count: usize) -> &'w [u32] {
+        &units[..count]
     }
     fn mixed(a: Matrix<'_, f32>, b: Matrix<'_, bf16>, c: &mut [f32], c_row: usize, accumulate: bool) -> bool {
         if b.col_stride() == 1 {
