@@ -1,0 +1,15 @@
+"""PyTorch front: the rooms as custom operators, for eager code and torch.compile.
+
+``import tilewise.torch as twt``; every function takes and returns torch tensors and keeps the names of the NumPy floor:
+``twt.attention``, ``twt.matmul``, ``twt.moe.route``, ``twt.moe.experts``, ``twt.speculation.verify``.
+
+This package is the only place that imports torch.
+"""
+
+from __future__ import annotations
+
+from tilewise.torch import moe, speculation
+from tilewise.torch.attention import attention
+from tilewise.torch.gemm import matmul
+
+__all__ = ["attention", "matmul", "moe", "speculation"]
