@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 LENGTH, BATCH, INDEX_ROWS = 512, 16, 32
+WARM_UP, DENSE, DECAY = 48, 960, 1200  # steps: learning-rate warm-up; attention stays dense; the rate starts to fall
 SKIPPED = {"site-packages", "test", "tests", "encodings", "pydoc_data", "lib2to3", "__pycache__"}
 DRAFT = LlamaConfig(
     vocab_size=256, hidden_size=160, intermediate_size=448, num_hidden_layers=2, num_attention_heads=5,
@@ -71,8 +72,8 @@ def optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def rate(step: int, steps: int) -> float:
-    """Linear warm-up over 2 %, flat, linear to zero over the last half."""
-    return min(1.0, (step + 1) / (0.02 * steps), 2.0 * (steps - step) / steps)
+    """Linear warm-up, flat, then linear to zero at the last step."""
+    return min(1.0, (step + 1) / WARM_UP, (steps - step) / max(1, steps - DECAY))
 
 
 class Run:
@@ -108,7 +109,7 @@ class Run:
         windows, rows = batch(data, seed, self.step)
         inputs, answers = windows[:, :-1], windows[:, 1:].reshape(-1)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = self.target(inputs, select=self.step > 0.4 * steps, index_rows=rows).float().flatten(0, 1)
+            logits = self.target(inputs, select=self.step > DENSE, index_rows=rows).float().flatten(0, 1)
             guesses = self.draft(input_ids=inputs, use_cache=False).logits.float().flatten(0, 1)
         loss = F.cross_entropy(logits, answers)
         index_loss = self.target.index_loss()
@@ -152,7 +153,7 @@ def train(run: Run, path: Path, data: Tensor, seed: int, steps: int, log: Path) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, required=True, help="folder of the run; an unfinished one is resumed")
-    parser.add_argument("--steps", type=int, default=2400, help="training steps of 8192 bytes")
+    parser.add_argument("--steps", type=int, default=1900, help="training steps of 8192 bytes")
     parser.add_argument("--seed", type=int, default=20261121)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--export", type=Path, help="write target/, draft/ and the model card here when done")
