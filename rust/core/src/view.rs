@@ -239,6 +239,16 @@ impl<'a, T: Copy> Matrix<'a, T> {
         Self { data, rows: rows.len(), cols: cols.len(), ..*self }
     }
 
+    /// `count` rows from `first`, `step` apart.
+    ///
+    /// # Panics
+    /// If a row is outside.
+    pub fn every(&self, first: usize, count: usize, step: usize) -> Self {
+        assert!(count == 0 || first + (count - 1) * step < self.rows);
+        let part = self.part(first.min(self.rows)..self.rows, 0..self.cols);
+        Self { rows: count, row_stride: self.row_stride * step as isize, ..part }
+    }
+
     /// Rows and columns exchanged.
     pub fn transposed(&self) -> Self {
         Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..*self }

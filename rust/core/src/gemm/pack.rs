@@ -54,7 +54,9 @@ pub fn line_stride(units: usize) -> usize {
 /// Copies lines `first..first + count` compactly; line `i` starts at `i * stride`.
 pub fn compact<S: Arithmetic>(lines: &Lines<'_, S>, first: usize, count: usize, stride: usize, buffer: &mut Vec<S::Unit>) {
     let units = S::units(lines.depth());
-    buffer.resize((count * stride).max(buffer.len()), S::Unit::default());
+    if buffer.len() < count * stride {
+        buffer.resize(count * stride, S::Unit::default());
+    }
     for i in 0..count {
         S::copy(lines.line(first + i), &mut buffer[i * stride..i * stride + units]);
     }

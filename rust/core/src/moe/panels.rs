@@ -1,0 +1,125 @@
+//! Experts with many rows: tokens in lanes, weights by broadcast.
+//!
+//! ```text
+//! X panels = gathered tokens, transposed                  [d, up to 48 tokens] each
+//! for each block of features: copy its weight rows compactly
+//!     for each panel: H = W_in X;  A panel[features] = act(H)
+//! for each block of outputs: copy its weight rows compactly
+//!     for each panel: Y = W_out A;  transposed into the rows' sums
+//! ```
+//! Departures: (1) the gather is the packing of the panel, tokens are never copied otherwise; (2) lanes are tokens in
+//! both products, so the activation's output *is* the second product's panel: no transposition, no store to memory in
+//! between; (3) weights are streamed once per block of up to [`ROWS`] tokens.
+
+use super::layer::Layer;
+use super::lines;
+use crate::arch::Kernel;
+use crate::dtype::Real;
+use crate::gemm::arithmetic::Arithmetic;
+use crate::gemm::pack::{self, Lines, line_stride};
+use crate::view::{Matrix, Rows};
+use std::ops::Range;
+
+/// Tokens in a task.
+pub const ROWS: usize = 192;
+/// Features or outputs whose weights are copied at a time.
+const FEATURES: usize = 48;
+
+/// Buffers of one thread.
+pub struct Scratch<S: Arithmetic> {
+    lines: Vec<S::Unit>,
+    tokens: Vec<S::Unit>,
+    active: Vec<S::Unit>,
+    weights: Vec<S::Unit>,
+    gate: Vec<S::Acc>,
+    up: Vec<S::Acc>,
+}
+
+impl<S: Arithmetic> Default for Scratch<S> {
+    fn default() -> Self {
+        Self { lines: Vec::new(), tokens: Vec::new(), active: Vec::new(), weights: Vec::new(), gate: Vec::new(), up: Vec::new() }
+    }
+}
+
+/// Panels of a block of tokens: (first row, rows, lanes).
+fn panels<S: Arithmetic>(rows: &Range<usize>) -> Vec<(usize, usize, usize)> {
+    let width = S::panel();
+    let cut = |start: usize| (start, width.min(rows.end - start), width.min((rows.end - start).next_multiple_of(S::lanes())));
+    rows.clone().step_by(width).map(cut).collect()
+}
+
+/// One task: all products of `rows` (rows of `expert`), into `sums`.
+pub fn run<S: Arithmetic>(layer: &Layer<'_>, expert: usize, rows: Range<usize>, scratch: &mut Scratch<S>, sums: &Rows<'_, S::Acc>) {
+    let panels = panels::<S>(&rows);
+    let (depth, hidden) = (S::units(layer.width), S::units(layer.hidden));
+    let full = S::panel();
+    let Scratch { lines, tokens, active, weights, gate, up } = scratch;
+    grow(tokens, panels.len() * full * depth);
+    grow(active, panels.len() * full * hidden);
+    grow(gate, FEATURES * full);
+    grow(up, FEATURES * full);
+    let x = layer.x.matrix::<S>(&[]);
+    for (p, &(start, count, width)) in panels.iter().enumerate() {
+        let gathered = Lines::gathered(x, &layer.routing.tokens[start..start + count]);
+        pack::panel(&gathered, 0, count, width, lines, &mut tokens[p * full * depth..][..width * depth]);
+    }
+    let table = S::Acc::table();
+    let matrix = layer.weights.gate_up.matrix::<S>(&[expert]);
+    let stride = line_stride(depth);
+    for first in (0..layer.hidden).step_by(FEATURES) {
+        let count = FEATURES.min(layer.hidden - first);
+        let (gates, ups) = layer.feature_rows(first, count);
+        let all: Vec<usize> = gates.iter().chain(&ups).copied().collect();
+        pack::compact(&Lines::gathered(matrix, &all), 0, all.len(), stride, weights);
+        let copied = Matrix::new(weights, all.len(), depth, stride);
+        for (p, &(_, _, width)) in panels.iter().enumerate() {
+            let panel = Matrix::new(&tokens[p * full * depth..], depth, width, width);
+            S::tile(copied.part(0..count, 0..depth), panel, gate, width, false);
+            add_bias(gate, &gates, width, |row| layer.gate_up_bias::<S>(expert, row));
+            if !ups.is_empty() {
+                S::tile(copied.part(count..2 * count, 0..depth), panel, up, width, false);
+                add_bias(up, &ups, width, |row| layer.gate_up_bias::<S>(expert, row));
+            }
+            let block = count * width;
+            table.activation(layer.weights.activation, &mut gate[..block], (!ups.is_empty()).then_some(&up[..block]));
+            S::seal(gate, count, width, &mut active[p * full * hidden + first / S::PER_UNIT * width..]);
+        }
+    }
+    let matrix = layer.weights.down.matrix::<S>(&[expert]);
+    let stride = line_stride(hidden);
+    for first in (0..layer.width).step_by(lines::SEGMENT) {
+        let segment = lines::SEGMENT.min(layer.width - first);
+        let mut targets: Vec<&mut [S::Acc]> = rows.clone().map(|row| sums.take(row * sums.per_row() + first / lines::SEGMENT)).collect();
+        for start in (0..segment).step_by(FEATURES) {
+            let count = FEATURES.min(segment - start);
+            pack::compact(&Lines::all(matrix), first + start, count, stride, weights);
+            let copied = Matrix::new(weights, count, hidden, stride);
+            for (p, &(row, tokens, width)) in panels.iter().enumerate() {
+                let panel = Matrix::new(&active[p * full * hidden..], hidden, width, width);
+                S::tile(copied, panel, gate, width, false);
+                let outputs: Vec<usize> = (first + start..first + start + count).collect();
+                add_bias(gate, &outputs, width, |output| layer.down_bias::<S>(expert, output));
+                let place = row - rows.start;
+                let mut parts: Vec<&mut [S::Acc]> = targets[place..place + tokens].iter_mut().map(|target| &mut target[start..start + count]).collect();
+                table.unpack(gate, count, width, &mut parts);
+            }
+        }
+    }
+}
+
+fn grow<U: Copy + Default>(buffer: &mut Vec<U>, len: usize) {
+    if buffer.len() < len {
+        buffer.resize(len, U::default());
+    }
+}
+
+fn add_bias<T: Real>(block: &mut [T], rows: &[usize], width: usize, bias: impl Fn(usize) -> T) {
+    for (line, &row) in block.chunks_mut(width).zip(rows) {
+        let bias = bias(row);
+        if bias != T::ZERO {
+            for value in line {
+                *value = *value + bias;
+            }
+        }
+    }
+}
