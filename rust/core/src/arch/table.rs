@@ -9,14 +9,19 @@ use super::kernel::pointwise::{self, Activation};
 use super::kernel::{pack, rows, softmax, tile};
 use super::vector::{Pairs, Plain, Vector, Widen};
 use super::{Level, level, scalar};
+
 use crate::dtype::Real;
 use crate::view::Matrix;
+
+/// Rows of B that a streaming product asks for in advance.
+const AHEAD: isize = 24;
 
 /// Kernels on one floating-point type.
 pub struct Table<T: Real> {
     lanes: usize,
     registers: usize,
     tile: unsafe fn(&tile::Args<T, T, T>),
+    stream: unsafe fn(&tile::Args<T, T, T>),
     rows: unsafe fn(&rows::Args<T, T>),
     softmax: unsafe fn(&softmax::Args<T>) -> bool,
     pack: unsafe fn(&[*const T], usize, usize, *mut T),
@@ -134,6 +139,13 @@ impl<T: Real> Table<T> {
         let args = tile_args(self.lanes, self.registers, a, b, c, c_row, accumulate);
         // SAFETY: extents checked; `Matrix` covers its own; the level is available (module docs).
         unsafe { (self.tile)(&args) }
+    }
+
+    /// As [`tile`](Self::tile), for a B that comes from memory.
+    pub fn stream(&self, a: Matrix<'_, T>, b: Matrix<'_, T>, c: &mut [T], c_row: usize, accumulate: bool) {
+        let args = tile_args(self.lanes, self.registers, a, b, c, c_row, accumulate);
+        // SAFETY: as in `tile`.
+        unsafe { (self.stream)(&args) }
     }
 
     /// `out[x, w] = <X[x], W[w]>`, units adjacent in both.
@@ -274,7 +286,12 @@ macro_rules! table {
             $(#[$gate])*
             unsafe fn tile_entry(args: &tile::Args<$t, $t, $t>) {
                 // SAFETY: the caller of a table's entry guarantees `Args`.
-                unsafe { tile::tile::<Plain<V>, $m1, $m2, $m3>(args) }
+                unsafe { tile::tile::<Plain<V>, $m1, $m2, $m3, 0>(args) }
+            }
+            $(#[$gate])*
+            unsafe fn stream_entry(args: &tile::Args<$t, $t, $t>) {
+                // SAFETY: as above.
+                unsafe { tile::tile::<Plain<V>, $m1, $m2, $m3, AHEAD>(args) }
             }
             $(#[$gate])*
             unsafe fn rows_entry(args: &rows::Args<$t, $t>) {
@@ -327,6 +344,7 @@ macro_rules! table {
                 lanes: <V as Vector>::LANES,
                 registers: $registers,
                 tile: tile_entry,
+                stream: stream_entry,
                 rows: rows_entry,
                 softmax: softmax_entry,
                 pack: pack_entry,
@@ -347,12 +365,12 @@ macro_rules! half_table {
             $(#[$gate])*
             unsafe fn tile_entry(args: &tile::Args<u32, u32, f32>) {
                 // SAFETY: the caller of a table's entry guarantees `Args`.
-                unsafe { tile::tile::<$dot, $m1, $m2, $m3>(args) }
+                unsafe { tile::tile::<$dot, $m1, $m2, $m3, 0>(args) }
             }
             $(#[$gate])*
             unsafe fn widen_entry(args: &tile::Args<f32, u16, f32>) {
                 // SAFETY: as above.
-                unsafe { tile::tile::<Widen<V>, $m1, $m2, $m3>(args) }
+                unsafe { tile::tile::<Widen<V>, $m1, $m2, $m3, AHEAD>(args) }
             }
             $(#[$gate])*
             unsafe fn rows_entry(args: &rows::Args<u32, f32>) {

@@ -39,6 +39,33 @@ pub(crate) unsafe trait Vector: Copy {
     unsafe fn exp2_integer_times(self, factor: Self) -> Self;
     /// Sum of the lanes, in a fixed order.
     unsafe fn sum(self) -> Self::Elem;
+    /// Asks for the cache line at an address, which may be anything. A hint: the default does nothing.
+    #[inline(always)]
+    unsafe fn prefetch<T>(_address: *const T) {}
+    /// The sums of sixteen registers, each over its lanes, in a fixed order.
+    #[inline(always)]
+    unsafe fn sum_each(registers: &mut [Self; 16]) -> [Self::Elem; 16] {
+        // SAFETY: lane arithmetic; LANES divides 16.
+        unsafe {
+            let mut sums = [Self::Elem::ZERO; 16];
+            for group in 0..16 / Self::LANES {
+                let mut square = [Self::splat(Self::Elem::ZERO); 16];
+                for i in 0..Self::LANES {
+                    square[i] = registers[group * Self::LANES + i];
+                }
+                Self::transpose(&mut square);
+                let mut width = Self::LANES / 2;
+                while width > 0 {
+                    for i in 0..width {
+                        square[i] = square[i].add(square[i + width]);
+                    }
+                    width /= 2;
+                }
+                square[0].store(sums.as_mut_ptr().add(group * Self::LANES));
+            }
+            sums
+        }
+    }
     /// `LANES` rows to `LANES` columns. The default goes through memory.
     #[inline(always)]
     unsafe fn transpose(rows: &mut [Self; 16]) {

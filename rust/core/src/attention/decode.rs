@@ -25,6 +25,8 @@ use std::sync::{Mutex, PoisonError};
 
 /// Keys in a visit.
 const STEP: usize = 512;
+/// Keys whose values are weighted at a time.
+const BLOCK: usize = 32;
 
 /// Result of one visit: per row the reference, the normaliser, and the accumulator.
 struct Partial<T> {
@@ -115,41 +117,38 @@ fn one_visit<S: Arithmetic>(problem: &Problem<'_>, schedule: &Schedule<'_>, (bat
     partial
 }
 
-/// `P V`, a strip of registers at a time.
+/// `P V`: blocks of keys that stay in the first-level cache, a strip of registers at a time.
 fn weighted_values<S: Arithmetic>(schedule: &Schedule<'_>, visit: Visit, weights: Matrix<'_, S::Acc>, value: Matrix<'_, S>, scratch: &mut Vec<S::Acc>) -> Vec<S::Acc> {
     let (rows, dim) = (weights.rows(), value.cols());
     let width = dim.next_multiple_of(S::lanes());
     let mut sums = vec![S::Acc::ZERO; rows * width];
-    let mut c = 0;
-    while c < dim {
-        let strip = S::panel().min(width - c);
-        let direct = c + strip <= dim && !visit.partial;
-        if !(direct && S::mixed(weights, value.part(0..visit.len, c..c + strip), &mut sums[c..], width, false)) {
-            // Converted or completed to whole registers; values that are not finite are left to the rows that attend them.
+    for first in (0..visit.len).step_by(BLOCK) {
+        let keys = first..visit.len.min(first + BLOCK);
+        let weights = weights.part(0..rows, keys.clone());
+        for c in (0..width).step_by(S::panel()) {
+            let strip = S::panel().min(width - c);
+            let whole = c + strip <= dim && !visit.partial;
+            if whole && S::mixed(weights, value.part(keys.clone(), c..c + strip), &mut sums[c..], width, true) {
+                continue;
+            }
+            // Converted, or completed to whole registers; what is not finite is left to the rows that attend it.
             let columns = strip.min(dim - c);
             scratch.clear();
-            scratch.resize(visit.len * strip, S::Acc::ZERO);
-            for k in 0..visit.len {
+            scratch.resize(keys.len() * strip, S::Acc::ZERO);
+            for (line, key) in scratch.chunks_mut(strip).zip(keys.clone()) {
                 for j in 0..columns {
-                    let v = value.at(k, c + j).widen();
+                    let v = value.at(key, c + j).widen();
                     if !visit.partial || v.f64().is_finite() {
-                        scratch[k * strip + j] = v;
+                        line[j] = v;
+                        continue;
+                    }
+                    for row in (0..rows).filter(|&row| schedule.keeps(row, visit.start + key)) {
+                        sums[row * width + c + j] = sums[row * width + c + j] + v;
                     }
                 }
             }
-            S::Acc::table().tile(weights, Matrix::new(scratch, visit.len, strip, strip), &mut sums[c..], width, false);
-            if visit.partial {
-                for k in 0..visit.len {
-                    for j in 0..columns {
-                        let v = value.at(k, c + j).widen();
-                        for row in (0..rows).filter(|&row| !v.f64().is_finite() && schedule.keeps(row, visit.start + k)) {
-                            sums[row * width + c + j] = sums[row * width + c + j] + v;
-                        }
-                    }
-                }
-            }
+            S::Acc::table().tile(weights, Matrix::new(scratch, keys.len(), strip, strip), &mut sums[c..], width, true);
         }
-        c += strip;
     }
     if width == dim {
         return sums;

@@ -93,7 +93,7 @@ macro_rules! plain {
             }
             fn mixed(a: Matrix<'_, $t>, b: Matrix<'_, $t>, c: &mut [$t], c_row: usize, accumulate: bool) -> bool {
                 if b.col_stride() == 1 {
-                    <$t>::table().tile(a, b, c, c_row, accumulate);
+                    <$t>::table().stream(a, b, c, c_row, accumulate);
                 }
                 b.col_stride() == 1
             }

@@ -10,6 +10,9 @@
 use crate::arch::vector::{Dot, Vector};
 use crate::dtype::Real;
 
+/// How far ahead of the products W is asked for.
+const AHEAD_BYTES: usize = 8192;
+
 /// What one call multiplies; strides count units.
 pub(crate) struct Args<U, C> {
     pub x: *const U,
@@ -39,8 +42,14 @@ unsafe fn block<D: Dot<A = U, B = U>, U: Copy + Default, const XN: usize, const 
         let x = args.x.offset(x0 as isize * args.x_row);
         let w = args.w.offset(w0 as isize * args.w_row);
         let whole = args.depth / lanes * lanes;
+        // Far enough to hide the memory's latency, near enough to still be in the first-level cache when its turn comes.
+        let ahead = WN * (AHEAD_BYTES / (WN * args.depth.max(1) * size_of::<U>())).max(1);
         let mut k = 0;
         while k < whole {
+            for j in 0..WN {
+                // The next group of W: what bounds this loop is the memory W comes from.
+                D::V::prefetch(w.wrapping_offset((ahead + j) as isize * args.w_row).wrapping_add(k));
+            }
             let mut wk = [D::load_b(w.add(k)); WN];
             for j in 1..WN {
                 wk[j] = D::load_b(w.offset(j as isize * args.w_row).add(k));
@@ -67,9 +76,17 @@ unsafe fn block<D: Dot<A = U, B = U>, U: Copy + Default, const XN: usize, const 
                 }
             }
         }
+        // Sixteen horizontal sums at once cost a transposition; one by one they would cost as much as the products.
+        let mut registers = [D::V::splat(Real::of(0.0)); 16];
         for i in 0..XN {
             for j in 0..WN {
-                args.out.add((x0 + i) * args.out_row + w0 + j).write(acc[i][j].sum());
+                registers[i * WN + j] = acc[i][j];
+            }
+        }
+        let sums = if XN * WN > 2 { D::V::sum_each(&mut registers) } else { registers.map(|register| register.sum()) };
+        for i in 0..XN {
+            for j in 0..WN {
+                args.out.add((x0 + i) * args.out_row + w0 + j).write(sums[i * WN + j]);
             }
         }
     }

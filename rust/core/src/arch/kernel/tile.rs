@@ -36,7 +36,7 @@ pub(crate) struct Args<A, B, C> {
 }
 
 #[inline(always)]
-unsafe fn strip<D: Dot, const MR: usize, const NV: usize>(
+unsafe fn strip<D: Dot, const MR: usize, const NV: usize, const AHEAD: isize>(
     args: &Args<D::A, D::B, <D::V as Vector>::Elem>,
     first: usize,
 ) {
@@ -56,6 +56,11 @@ unsafe fn strip<D: Dot, const MR: usize, const NV: usize>(
         let mut a = args.a.offset(first as isize * args.a_row);
         let mut b = args.b;
         for _ in 0..args.depth {
+            if AHEAD > 0 {
+                for v in 0..NV {
+                    D::V::prefetch(b.wrapping_offset(AHEAD * args.b_step).wrapping_add(v * lanes));
+                }
+            }
             let mut lane_units = [D::load_b(b); NV];
             for v in 1..NV {
                 lane_units[v] = D::load_b(b.add(v * lanes));
@@ -79,47 +84,47 @@ unsafe fn strip<D: Dot, const MR: usize, const NV: usize>(
 
 /// All rows, in strips of at most `MAX`.
 #[inline(always)]
-unsafe fn strips<D: Dot, const NV: usize, const MAX: usize>(args: &Args<D::A, D::B, <D::V as Vector>::Elem>) {
+unsafe fn strips<D: Dot, const NV: usize, const MAX: usize, const AHEAD: isize>(args: &Args<D::A, D::B, <D::V as Vector>::Elem>) {
     let mut row = 0;
     // SAFETY: each strip stays inside `rows`.
     unsafe {
         while args.rows - row >= MAX {
-            strip::<D, MAX, NV>(args, row);
+            strip::<D, MAX, NV, AHEAD>(args, row);
             row += MAX;
         }
         if MAX > 8 && args.rows - row >= 8 {
-            strip::<D, 8, NV>(args, row);
+            strip::<D, 8, NV, AHEAD>(args, row);
             row += 8;
         }
         if MAX > 4 && args.rows - row >= 4 {
-            strip::<D, 4, NV>(args, row);
+            strip::<D, 4, NV, AHEAD>(args, row);
             row += 4;
         }
         if args.rows - row >= 2 {
-            strip::<D, 2, NV>(args, row);
+            strip::<D, 2, NV, AHEAD>(args, row);
             row += 2;
         }
         if args.rows - row >= 1 {
-            strip::<D, 1, NV>(args, row);
+            strip::<D, 1, NV, AHEAD>(args, row);
         }
     }
 }
 
 /// The product. `M1`, `M2`, `M3` are the strip heights for rows of one, two and three registers (`M3` = 0: rows of
-/// at most two).
+/// at most two). `AHEAD` rows of B are asked for in advance: for a B that comes from memory (0: one that is in a cache).
 ///
 /// # Safety
 /// As in [`Args`]; the machine must have the instructions of `D`.
 #[inline(always)]
-pub(crate) unsafe fn tile<D: Dot, const M1: usize, const M2: usize, const M3: usize>(
+pub(crate) unsafe fn tile<D: Dot, const M1: usize, const M2: usize, const M3: usize, const AHEAD: isize>(
     args: &Args<D::A, D::B, <D::V as Vector>::Elem>,
 ) {
     // SAFETY: forwarded.
     unsafe {
         match args.width / D::V::LANES {
-            1 => strips::<D, 1, M1>(args),
-            2 => strips::<D, 2, M2>(args),
-            3 if M3 > 0 => strips::<D, 3, M3>(args),
+            1 => strips::<D, 1, M1, AHEAD>(args),
+            2 => strips::<D, 2, M2, AHEAD>(args),
+            3 if M3 > 0 => strips::<D, 3, M3, AHEAD>(args),
             registers => unreachable!("a panel of {registers} registers"),
         }
     }
