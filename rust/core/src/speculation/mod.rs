@@ -1,1 +1,35 @@
-//! The speculation room.
+//! Exact verification of drafted tokens: nothing changes but the speed.
+//!
+//! Let p be the law that plain decoding samples from (after temperature, top-k and top-p) and q the law a drafted
+//! token was really drawn from. A token x ~ q is kept with probability min(1, p(x) / q(x)); after the first refusal a
+//! token is drawn from max(p - q, 0), renormalised, and after a chain without refusal one from the next p. The tokens
+//! that leave are distributed exactly as p's (Leviathan et al. 2023, Chen et al. 2023).
+//!
+//! * [`process`]: logits to law: [`process::Sampling`], [`process::Law`];
+//! * `select`: the k largest, and the nucleus, without sorting the vocabulary;
+//! * `exponential`: e^x in double precision with the same bits on every instruction set;
+//! * [`sample`]: one token from a law and a uniform number, batched;
+//! * [`verify`]: chains: acceptance probabilities, residual laws, and the run that uses them.
+//!
+//! Laws are non-negative weights with their total. Whoever draws from a law and whoever tests against it divide by
+//! the same total, computed by the same function ([`process::total`]): then "the law it was drawn from" is meant to
+//! the last bit, also for laws that were rounded to single precision.
+//!
+//! Random numbers are counted, not consumed: each is a function of (seed, request, position, purpose). A position's
+//! accept coin, residual draw and target draw are each looked at in one round at most, namely the round in which that
+//! position is decided; drafts beyond the first refusal are forgotten with their coins unseen. So numbers may be the
+//! same in every round, whatever the rounds are, and the output does not depend on the row a request has in a batch.
+
+mod exponential;
+mod input;
+pub mod process;
+pub mod sample;
+mod select;
+#[cfg(test)]
+mod tests;
+pub mod verify;
+
+pub use input::rules;
+pub use process::{Law, Sampling, process};
+pub use sample::{Streams, sample_laws, sample_logits};
+pub use verify::{Chain, Chains, acceptance, residual, verification_law, verify};

@@ -1,0 +1,375 @@
+//! From logits to the law that is sampled: temperature, then top-k, then top-p, in double precision.
+//!
+//! The order and the sets are those of Hugging Face transformers (`TemperatureLogitsWarper`, `TopKLogitsWarper`,
+//! `TopPLogitsWarper`):
+//! * top-k keeps every token whose logit is at least the k-th largest, so ties with it all stay;
+//! * top-p keeps the smallest set of most probable tokens whose mass reaches p, the crossing token included.
+//!
+//! Where it differs, on purpose: everything is computed in double precision (there: in the logits' own, so at
+//! boundaries that fall into its rounding the sets may differ); tokens that tie at the edge of the nucleus enter by
+//! rising id (there: in the order an unstable sort leaves them); temperature 0 means greedy (there: an error);
+//! +inf is the limit, a law shared evenly by the tokens that have it (there: NaN); NaN and a row whose tokens are all
+//! masked are errors (there: NaN spreads).
+
+use super::exponential::exponentials;
+use super::input::{Results, floating, shaped, widen};
+use super::select::{kth_largest, nucleus};
+use crate::dtype::{Dtype, Float, Real};
+use crate::error::{Error, Result};
+use crate::threads;
+use crate::view::{Array, ArrayMut};
+
+/// Elements below which a batch is not worth waking threads for.
+pub(super) const SERIAL: usize = 1 << 15;
+
+/// How one row is sampled.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampling {
+    temperature: f64,
+    /// 0 = off.
+    top_k: usize,
+    /// 1 = off.
+    top_p: f64,
+}
+
+impl Sampling {
+    /// Always the most probable token (ties: the lowest id).
+    pub const GREEDY: Self = Self { temperature: 0.0, top_k: 0, top_p: 1.0 };
+
+    /// A checked rule; `row` names it in errors.
+    ///
+    /// # Errors
+    /// A temperature that is negative or not finite, a negative top_k, a top_p outside (0, 1].
+    pub fn new(row: usize, temperature: f64, top_k: i64, top_p: f64) -> Result<Self> {
+        if !(temperature >= 0.0 && temperature.is_finite()) {
+            return Err(Error::value(&format!("temperature[{row}]"), "a finite number >= 0", temperature)
+                .hint("0 is greedy, 1 samples the model's own law"));
+        }
+        let Ok(top_k) = usize::try_from(top_k) else {
+            return Err(Error::value(&format!("top_k[{row}]"), "an integer >= 0", top_k).hint("0 keeps every token"));
+        };
+        if !(top_p > 0.0 && top_p <= 1.0) {
+            return Err(Error::value(&format!("top_p[{row}]"), "a number in (0, 1]", top_p)
+                .hint("1 keeps every token; for the most probable one alone use temperature 0"));
+        }
+        Ok(Self { temperature, top_k, top_p })
+    }
+}
+
+/// The sum of weights, in an order that depends on their number alone.
+pub fn total<T: Float>(weights: &[T]) -> f64 {
+    let mut lanes = [0.0f64; 8];
+    let chunks = weights.chunks_exact(8);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for lane in 0..8 {
+            lanes[lane] += chunk[lane].widen().f64();
+        }
+    }
+    for (lane, value) in rest.iter().enumerate() {
+        lanes[lane] += value.widen().f64();
+    }
+    ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]))
+}
+
+/// A law over token ids: weights that are not negative, and their (positive) total.
+#[derive(Debug, Clone, Default)]
+pub struct Law {
+    /// `weights[i]` belongs to token `ids[i]` (ascending); unused if `dense`, where it belongs to token i.
+    ids: Vec<usize>,
+    dense: bool,
+    weights: Vec<f64>,
+    total: f64,
+}
+
+impl Law {
+    /// The probability of a token.
+    pub fn probability(&self, token: usize) -> f64 {
+        let weight = if self.dense {
+            self.weights.get(token).copied()
+        } else {
+            self.ids.binary_search(&token).ok().map(|index| self.weights[index])
+        };
+        weight.unwrap_or(0.0) / self.total
+    }
+
+    /// The token at a uniform number in [0, 1): see [`super::sample::draw`].
+    pub fn draw(&self, uniform: f64) -> usize {
+        let index = super::sample::draw(self.weights.iter().copied(), self.total, uniform);
+        if self.dense { index } else { self.ids[index] }
+    }
+
+    /// Writes the probabilities of all tokens.
+    pub fn write<T: Float>(&self, out: &mut [T]) {
+        let share = |weight: f64| T::narrow(Real::of(weight / self.total));
+        if self.dense {
+            for (slot, &weight) in out.iter_mut().zip(&self.weights) {
+                *slot = share(weight);
+            }
+        } else {
+            out.fill(T::narrow(Real::of(0.0)));
+            for (&id, &weight) in self.ids.iter().zip(&self.weights) {
+                out[id] = share(weight);
+            }
+        }
+    }
+
+    /// `out` becomes max(self - q, 0), renormalised. Without any mass (self equals q to rounding, so a refusal was
+    /// itself a rounding accident) it becomes self.
+    pub(super) fn minus(&self, q: impl Fn(usize) -> f64, out: &mut Law) {
+        out.dense = self.dense;
+        out.ids.clone_from(&self.ids);
+        out.weights.clear();
+        let excess = |token: usize, weight: f64| (weight / self.total - q(token)).max(0.0);
+        if self.dense {
+            out.weights.extend(self.weights.iter().enumerate().map(|(token, &weight)| excess(token, weight)));
+        } else {
+            out.weights.extend(self.ids.iter().zip(&self.weights).map(|(&token, &weight)| excess(token, weight)));
+        }
+        out.total = total(&out.weights);
+        if out.total <= 0.0 {
+            out.weights.clone_from(&self.weights);
+            out.total = self.total;
+        }
+    }
+
+    /// Becomes the law of a row of logits. `z` holds the logits and is used up.
+    ///
+    /// # Errors
+    /// NaN, and rows without any token above -inf; `at` names the row.
+    fn set(&mut self, z: &mut Vec<f64>, sampling: Sampling, spare: &mut Spare, at: &[usize]) -> Result<()> {
+        let mut top = largest(z, at)?;
+        self.ids.clear();
+        self.weights.clear();
+        if sampling.temperature == 0.0 {
+            self.dense = false;
+            self.ids.extend(z.iter().position(|&value| value == top));
+            self.weights.push(1.0);
+            self.total = 1.0;
+            return Ok(());
+        }
+        if top == f64::INFINITY {
+            // The limit of growing logits: those at +inf share everything.
+            for value in z.iter_mut() {
+                *value = if *value == top { 0.0 } else { f64::NEG_INFINITY };
+            }
+            top = 0.0;
+        }
+        self.dense = true;
+        if sampling.top_k > 0 && sampling.top_k < z.len() {
+            let bar = kth_largest(z, sampling.top_k, &mut spare.buffer).max(f64::MIN);
+            self.ids.extend(z.iter().enumerate().filter(|&(_, &value)| value >= bar).map(|(token, _)| token));
+            for (slot, &token) in self.ids.iter().enumerate() {
+                z[slot] = z[token]; // ids ascend, so a slot is never ahead of its token
+            }
+            z.truncate(self.ids.len());
+            self.dense = false;
+        }
+        self.weights.extend_from_slice(z);
+        exponentials(&mut self.weights, top, sampling.temperature);
+        self.total = total(&self.weights);
+        if sampling.top_p < 1.0 {
+            let (bar, last) = nucleus(z, &self.weights, self.total, sampling.top_p, &mut spare.order);
+            if self.dense {
+                self.ids.extend(0..z.len());
+                self.dense = false;
+            }
+            let mut kept = 0;
+            for index in 0..z.len() {
+                if z[index] > bar || (z[index] == bar && index <= last) {
+                    self.ids[kept] = self.ids[index];
+                    self.weights[kept] = self.weights[index];
+                    kept += 1;
+                }
+            }
+            self.ids.truncate(kept);
+            self.weights.truncate(kept);
+            self.total = total(&self.weights);
+        }
+        Ok(())
+    }
+}
+
+/// The largest logit.
+fn largest(z: &[f64], at: &[usize]) -> Result<f64> {
+    let mut lanes = [f64::NEG_INFINITY; 8];
+    let mut ordered = [true; 8];
+    let chunks = z.chunks_exact(8);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for lane in 0..8 {
+            ordered[lane] &= !chunk[lane].is_nan();
+            lanes[lane] = if chunk[lane] > lanes[lane] { chunk[lane] } else { lanes[lane] };
+        }
+    }
+    for (lane, &value) in rest.iter().enumerate() {
+        ordered[lane] &= !value.is_nan();
+        lanes[lane] = lanes[lane].max(value);
+    }
+    let name = || {
+        let at: Vec<_> = at.iter().map(usize::to_string).collect();
+        format!("logits[{}]", at.join(", "))
+    };
+    if ordered.contains(&false) {
+        let token = z.iter().position(|value| value.is_nan()).unwrap_or_default();
+        return Err(Error::value(&name(), "numbers", format!("NaN at token {token}")).hint("-inf masks a token"));
+    }
+    let top = lanes.into_iter().fold(f64::NEG_INFINITY, f64::max);
+    if top == f64::NEG_INFINITY {
+        return Err(Error::value(&name(), "at least one token above -inf", "a row whose tokens are all masked"));
+    }
+    Ok(top)
+}
+
+/// Buffers of the selections.
+#[derive(Debug, Default)]
+struct Spare {
+    buffer: Vec<f64>,
+    order: Vec<usize>,
+}
+
+/// What one thread needs to turn rows of logits into laws.
+#[derive(Debug, Default)]
+pub struct Processor {
+    z: Vec<f64>,
+    spare: Spare,
+}
+
+impl Processor {
+    /// `law` becomes the law of the row of `logits` at `at` (all axes but the last).
+    ///
+    /// # Errors
+    /// NaN, and rows without any token above -inf.
+    pub fn law(&mut self, logits: &Array<'_>, at: &[usize], sampling: Sampling, law: &mut Law) -> Result<()> {
+        widen(logits, at, &mut self.z);
+        law.set(&mut self.z, sampling, &mut self.spare, at)
+    }
+
+    /// The errors that [`Processor::law`] would have, without the work.
+    ///
+    /// # Errors
+    /// As [`Processor::law`].
+    pub fn check(&mut self, logits: &Array<'_>, at: &[usize]) -> Result<()> {
+        widen(logits, at, &mut self.z);
+        largest(&self.z, at).map(|_| ())
+    }
+}
+
+/// The laws of a batch: logits `[B, N, V]` and one rule per row to probabilities `[B, N, V]` (float64).
+///
+/// # Errors
+/// Wrong ranks, extents or types; NaN or wholly masked rows.
+pub fn process(logits: &Array<'_>, rules: &[Sampling], out: ArrayMut<'_>) -> Result<()> {
+    floating("logits", logits)?;
+    shaped("logits", logits, "[B, N, V]", &[Some(rules.len()), None, None])?;
+    let [rows, depth, vocabulary] = [logits.shape()[0], logits.shape()[1], logits.shape()[2]];
+    if vocabulary == 0 && rows * depth > 0 {
+        return Err(Error::shape("logits", "[B, N, V] with V >= 1", logits.shape()));
+    }
+    if out.shape() != logits.shape() {
+        return Err(Error::shape("out", format!("[{rows}, {depth}, {vocabulary}]"), out.shape()));
+    }
+    if out.dtype() != Dtype::F64 {
+        return Err(Error::dtype("out", "float64", out.dtype()));
+    }
+    let out = out.rows::<f64>();
+    let results = Results::new(rows * depth);
+    let serial = logits.len() < SERIAL;
+    threads::for_each(rows * depth, serial, Default::default, |task, (processor, law): &mut (Processor, Law)| {
+        let at = [task / depth, task % depth];
+        let result = processor.law(logits, &at, rules[at[0]], law);
+        results.put(task, result.map(|()| law.write(out.take(task))));
+    })?;
+    results.collect().map(|_: Vec<()>| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn law(logits: &[f64], temperature: f64, top_k: i64, top_p: f64) -> Result<Vec<f64>> {
+        let array = Array::from_slice(logits, &[1, logits.len()]).unwrap();
+        let mut law = Law::default();
+        Processor::default().law(&array, &[0], Sampling::new(0, temperature, top_k, top_p)?, &mut law)?;
+        let mut out = vec![f64::NAN; logits.len()];
+        law.write(&mut out);
+        for (token, &probability) in out.iter().enumerate() {
+            assert_eq!(law.probability(token), probability);
+        }
+        Ok(out)
+    }
+
+    fn near(a: &[f64], b: &[f64]) {
+        assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-15), "{a:?} {b:?}");
+    }
+
+    const MASKED: f64 = f64::NEG_INFINITY;
+
+    #[test]
+    fn temperature() {
+        let ln2 = std::f64::consts::LN_2;
+        near(&law(&[0.0, ln2, MASKED, 0.0], 1.0, 0, 1.0).unwrap(), &[0.25, 0.5, 0.0, 0.25]);
+        near(&law(&[0.0, ln2, MASKED, 0.0], 0.5, 0, 1.0).unwrap(), &[1.0 / 6.0, 4.0 / 6.0, 0.0, 1.0 / 6.0]);
+        near(&law(&[0.0, 3.0, 3.0], 0.0, 0, 0.3).unwrap(), &[0.0, 1.0, 0.0]); // ties: the lowest id
+        near(&law(&[0.0, 3.0, 2.0], 1e-310, 0, 1.0).unwrap(), &[0.0, 1.0, 0.0]);
+        near(&law(&[1e300, -1e300, 1e300], 1.0, 0, 1.0).unwrap(), &[0.5, 0.0, 0.5]);
+    }
+
+    #[test]
+    fn top_k_keeps_ties() {
+        near(&law(&[1.0, 2.0, 1.0, 0.0], 1.0, 1, 1.0).unwrap(), &[0.0, 1.0, 0.0, 0.0]);
+        let e = (-1.0f64).exp();
+        let z = 1.0 + 2.0 * e;
+        near(&law(&[1.0, 2.0, 1.0, 0.0], 1.0, 2, 1.0).unwrap(), &[e / z, 1.0 / z, e / z, 0.0]);
+        near(&law(&[5.0, MASKED, MASKED], 1.0, 2, 1.0).unwrap(), &[1.0, 0.0, 0.0]);
+        assert_eq!(law(&[1.0, 2.0], 1.0, 9, 1.0).unwrap(), law(&[1.0, 2.0], 1.0, 0, 1.0).unwrap());
+    }
+
+    #[test]
+    fn top_p_takes_the_crossing_token_and_low_ids_first() {
+        // Four equal tokens: half the mass is two of them, the next hair of it a third.
+        near(&law(&[0.0; 4], 1.0, 0, 0.5).unwrap(), &[0.5, 0.5, 0.0, 0.0]);
+        near(&law(&[0.0; 4], 1.0, 0, 0.500_001).unwrap(), &[1.0 / 3.0, 1.0 / 3.0, 1.0 / 3.0, 0.0]);
+        near(&law(&[0.0, 1.0, 0.0], 1.0, 0, 1e-9).unwrap(), &[0.0, 1.0, 0.0]);
+        // After top-k: the mass is that of what top-k left.
+        near(&law(&[0.0, 1.0, 1.0], 1.0, 2, 0.5).unwrap(), &[0.0, 1.0, 0.0]);
+    }
+
+    #[test]
+    fn infinities() {
+        near(&law(&[f64::INFINITY, 1.0, f64::INFINITY], 0.7, 0, 1.0).unwrap(), &[0.5, 0.0, 0.5]);
+        near(&law(&[1.0, f64::INFINITY, f64::INFINITY], 0.0, 0, 1.0).unwrap(), &[0.0, 1.0, 0.0]);
+        near(&law(&[1.0, f64::INFINITY, 2.0], 1.0, 2, 1.0).unwrap(), &[0.0, 1.0, 0.0]);
+    }
+
+    #[test]
+    fn bad_rows_are_named() {
+        let text = law(&[0.0, f64::NAN], 1.0, 0, 1.0).unwrap_err().to_string();
+        assert!(text.contains("logits[0]") && text.contains("NaN at token 1"), "{text}");
+        let text = law(&[MASKED; 9], 0.0, 0, 1.0).unwrap_err().to_string();
+        assert!(text.contains("masked"), "{text}");
+        for (temperature, top_k, top_p) in [
+            (-1.0, 0, 1.0),
+            (f64::NAN, 0, 1.0),
+            (f64::INFINITY, 0, 1.0),
+            (1.0, -1, 1.0),
+            (1.0, 0, 0.0),
+            (1.0, 0, 1.5),
+            (1.0, 0, f64::NAN),
+        ] {
+            assert!(Sampling::new(0, temperature, top_k, top_p).is_err());
+        }
+    }
+
+    #[test]
+    fn every_row_has_its_rule() {
+        let logits: Vec<f32> = (0..24).map(|x| ((x * 7) % 5) as f32).collect();
+        let array = Array::from_slice(&logits, &[2, 3, 4]).unwrap();
+        let mut out = vec![f64::NAN; 24];
+        let rules = [Sampling::GREEDY, Sampling::new(1, 1.0, 0, 1.0).unwrap()];
+        process(&array, &rules, ArrayMut::from_slice(&mut out, &[2, 3, 4]).unwrap()).unwrap();
+        assert!(out[..12].iter().all(|&p| p == 0.0 || p == 1.0));
+        assert!(out[12..].iter().all(|&p| p > 0.0 && p < 1.0));
+        assert!(out.chunks(4).all(|row| (row.iter().sum::<f64>() - 1.0).abs() < 1e-15));
+    }
+}

@@ -1,0 +1,335 @@
+//! Chains of drafted tokens: how probable each acceptance is, what follows a refusal, and the run that uses both.
+//!
+//! ```text
+//! for i in 0..K:  accept x_i  iff  u_i < min(1, p_i(x_i) / q_i(x_i))      u_i at (request, position + i, Accept)
+//!     refused: one token of max(p_i - q_i, 0), renormalised                  at (request, position + i, Residual)
+//! none refused: one token of p_K                                             at (request, position + K, Target)
+//! ```
+//! [`Chain`] holds the probabilities and the laws; [`Chain::run`] adds the uniform numbers. Enumerations call the
+//! same methods that the run calls, so what they prove is proved of what runs. Greedy rows need no rule of their own:
+//! at temperature 0 the law is one token, so a draft is accepted iff it is that token.
+
+use super::input::{Results, fill, floating, integers, shaped};
+use super::process::{Law, Processor, SERIAL, Sampling};
+use super::sample::{Row, Streams, laws_dtype, tokens_out};
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::rng::Purpose;
+use crate::threads;
+use crate::view::{Array, ArrayMut};
+
+/// The probability of keeping a token that the draft's law gives q and the target's p.
+///
+/// q = 0 says that the record is not the law the token came from; where that is let through, it is the limit of a
+/// vanishing q.
+pub fn acceptance(p: f64, q: f64) -> f64 {
+    if p >= q && p > 0.0 {
+        1.0
+    } else if p > 0.0 {
+        p / q
+    } else {
+        0.0
+    }
+}
+
+/// The law a drafted token came from.
+#[derive(Debug, Clone, Copy)]
+pub struct Proposal<'a>(Kind<'a>);
+
+#[derive(Debug, Clone, Copy)]
+enum Kind<'a> {
+    /// All mass on one token: the draft is a function of the prefix (n-grams, greedy drafts).
+    Point(usize),
+    /// Probabilities, and their sum.
+    Row(Row<'a>, f64),
+}
+
+impl Proposal<'_> {
+    /// q(token).
+    pub fn probability(&self, token: usize) -> f64 {
+        match &self.0 {
+            Kind::Point(only) => f64::from(u8::from(token == *only)),
+            Kind::Row(row, total) => row.get(token) / total,
+        }
+    }
+}
+
+/// `out` becomes the law of the token that replaces a refused one: max(p - q, 0), renormalised.
+pub fn residual(p: &Law, q: &Proposal<'_>, out: &mut Law) {
+    match q.0 {
+        Kind::Point(only) => p.minus(|token| f64::from(u8::from(token == only)), out),
+        Kind::Row(Row::Single(row), total) => match row.row(0) {
+            Some(row) => p.minus(|token| f64::from(row[token]) / total, out),
+            None => p.minus(|token| f64::from(row.at(0, token)) / total, out),
+        },
+        Kind::Row(Row::Double(row), total) => match row.row(0) {
+            Some(row) => p.minus(|token| row[token] / total, out),
+            None => p.minus(|token| row.at(0, token) / total, out),
+        },
+    }
+}
+
+/// A checked batch of drafted chains.
+#[derive(Debug)]
+pub struct Chains<'a> {
+    tokens: Array<'a>,
+    lengths: Vec<usize>,
+    laws: Option<Array<'a>>,
+    logits: Array<'a>,
+    rules: Vec<Sampling>,
+    strict: bool,
+}
+
+impl<'a> Chains<'a> {
+    /// Checks ranks, extents and types, `lengths` and the rules; values are checked row by row when they are used.
+    ///
+    /// * `tokens [B, K]`: drafted ids (int32 or int64); `lengths [B]`: how many of a row's K are drafted (absent: K);
+    /// * `laws [B, K, V]`: the law each was drawn from (float32 or float64); absent: point masses;
+    /// * `logits [B, K + 1, V]`: the target's, row i for the token at the place of `tokens[:, i]`; `rules`: one a row;
+    /// * `strict`: check every drafted position, also those after the first refusal, and refuse tokens whose q is 0.
+    ///
+    /// # Errors
+    /// Wrong ranks, extents or types; lengths outside [0, K].
+    pub fn new(
+        tokens: Array<'a>,
+        lengths: Option<&Array<'_>>,
+        laws: Option<Array<'a>>,
+        logits: Array<'a>,
+        rules: Vec<Sampling>,
+        strict: bool,
+    ) -> Result<Self> {
+        shaped("draft_tokens", &tokens, "[B, K]", &[Some(rules.len()), None])?;
+        if !matches!(tokens.dtype(), Dtype::I32 | Dtype::I64) {
+            return Err(Error::dtype("draft_tokens", "int32 or int64", tokens.dtype()));
+        }
+        let [rows, depth] = [tokens.shape()[0], tokens.shape()[1]];
+        floating("logits", &logits)?;
+        let axes = format!("[B = {rows}, K + 1 = {}, V >= 1], for draft_tokens [{rows}, {depth}]", depth + 1);
+        shaped("logits", &logits, &axes, &[Some(rows), Some(depth + 1), None])?;
+        let vocabulary = logits.shape()[2];
+        if vocabulary == 0 {
+            return Err(Error::shape("logits", axes, logits.shape()));
+        }
+        if let Some(laws) = &laws {
+            laws_dtype("draft_laws", laws)?;
+            let axes = format!("[B = {rows}, K = {depth}, V = {vocabulary}], the vocabulary of logits");
+            shaped("draft_laws", laws, &axes, &[Some(rows), Some(depth), Some(vocabulary)]).map_err(|error| {
+                error.hint("a draft with another vocabulary must be mapped to the target's (missing tokens: 0)")
+            })?;
+        }
+        let lengths = match lengths {
+            None => vec![depth; rows],
+            Some(lengths) => (integers("draft_lengths", lengths, rows)?.into_iter().enumerate())
+                .map(|(row, length)| match usize::try_from(length) {
+                    Ok(length) if length <= depth => Ok(length),
+                    _ => Err(Error::value(
+                        &format!("draft_lengths[{row}]"),
+                        format!("an integer in [0, K = {depth}]"),
+                        length,
+                    )),
+                })
+                .collect::<Result<_>>()?,
+        };
+        Ok(Self { tokens, lengths, laws, logits, rules, strict })
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rules.len()
+    }
+
+    /// The chain of one row.
+    pub fn chain(&self, row: usize) -> Chain<'_, 'a> {
+        Chain { batch: self, row }
+    }
+
+    fn serial(&self) -> bool {
+        self.logits.len() < SERIAL
+    }
+}
+
+/// Buffers of one thread, and what was computed last.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    processor: Processor,
+    /// Row and position that `target` belongs to.
+    at: Option<(usize, usize)>,
+    target: Law,
+    residual: Law,
+}
+
+/// One row of a batch.
+#[derive(Debug, Clone, Copy)]
+pub struct Chain<'b, 'a> {
+    batch: &'b Chains<'a>,
+    row: usize,
+}
+
+impl<'a> Chain<'_, 'a> {
+    /// Number of drafted tokens.
+    pub fn length(&self) -> usize {
+        self.batch.lengths[self.row]
+    }
+
+    /// A drafted token.
+    ///
+    /// # Errors
+    /// Ids outside the vocabulary.
+    pub fn token(&self, i: usize) -> Result<usize> {
+        let at = [self.row, i];
+        let id = match self.batch.tokens.dtype() {
+            Dtype::I32 => i64::from(self.batch.tokens.get::<i32>(&at)),
+            _ => self.batch.tokens.get::<i64>(&at),
+        };
+        let vocabulary = self.batch.logits.shape()[2];
+        match usize::try_from(id) {
+            Ok(token) if token < vocabulary => Ok(token),
+            _ => Err(Error::value(
+                &format!("draft_tokens[{}, {i}]", self.row),
+                format!("a token id in [0, V = {vocabulary})"),
+                id,
+            )
+            .hint("say with draft_lengths how many tokens of a row are drafted")),
+        }
+    }
+
+    /// The law a drafted token came from.
+    ///
+    /// # Errors
+    /// Rows that are not laws; where `strict`, a law that gives the drafted token nothing.
+    pub fn proposal(&self, i: usize) -> Result<Proposal<'a>> {
+        let token = self.token(i)?;
+        let Some(laws) = &self.batch.laws else { return Ok(Proposal(Kind::Point(token))) };
+        let at = [self.row, i];
+        let row = Row::new(laws, &at);
+        let total = row.total("draft_laws", &at)?;
+        if self.batch.strict && row.get(token) == 0.0 {
+            return Err(Error::value(
+                &format!("draft_laws[{}, {i}]", self.row),
+                format!("a positive probability for the drafted token {token}"),
+                0,
+            )
+            .hint("pass the law the token was drawn from, or strict=False if it underflowed"));
+        }
+        Ok(Proposal(Kind::Row(row, total)))
+    }
+
+    fn target(&self, i: usize, scratch: &mut Scratch) -> Result<()> {
+        if scratch.at != Some((self.row, i)) {
+            scratch.at = None;
+            let sampling = self.batch.rules[self.row];
+            scratch.processor.law(&self.batch.logits, &[self.row, i], sampling, &mut scratch.target)?;
+            scratch.at = Some((self.row, i));
+        }
+        Ok(())
+    }
+
+    /// The probability that drafted token i is accepted, given that all before it were.
+    ///
+    /// # Errors
+    /// Bad values at position i.
+    pub fn acceptance(&self, i: usize, scratch: &mut Scratch) -> Result<f64> {
+        self.target(i, scratch)?;
+        let token = self.token(i)?;
+        Ok(acceptance(scratch.target.probability(token), self.proposal(i)?.probability(token)))
+    }
+
+    /// The law of the token that ends the round after i acceptances: the residual after a refusal of token i, or the
+    /// target's law after a whole chain. `scratch` must not serve another batch.
+    ///
+    /// # Errors
+    /// Bad values at position i.
+    pub fn correction<'s>(&self, i: usize, scratch: &'s mut Scratch) -> Result<&'s Law> {
+        self.target(i, scratch)?;
+        if i == self.length() {
+            return Ok(&scratch.target);
+        }
+        residual(&scratch.target, &self.proposal(i)?, &mut scratch.residual);
+        Ok(&scratch.residual)
+    }
+
+    /// One round: the number of accepted tokens and the token that follows them. `uniform(i, purpose)` is the random
+    /// number of the token at place i.
+    ///
+    /// # Errors
+    /// Bad values at the positions that are visited; where `strict`, at any.
+    pub fn run(&self, scratch: &mut Scratch, uniform: impl Fn(usize, Purpose) -> f64) -> Result<(usize, usize)> {
+        let length = self.length();
+        let mut accepted = 0;
+        while accepted < length && uniform(accepted, Purpose::Accept) < self.acceptance(accepted, scratch)? {
+            accepted += 1;
+        }
+        let purpose = if accepted < length { Purpose::Residual } else { Purpose::Target };
+        let token = self.correction(accepted, scratch)?.draw(uniform(accepted, purpose));
+        if self.batch.strict {
+            for i in accepted + 1..=length {
+                scratch.processor.check(&self.batch.logits, &[self.row, i])?;
+                if i < length {
+                    self.proposal(i)?;
+                }
+            }
+        }
+        Ok((accepted, token))
+    }
+}
+
+/// One round for every row: `accepted [B]` (int32) and the token that follows, `next [B]` (int64).
+///
+/// # Errors
+/// Bad values (the lowest row's error), or outputs of a wrong shape or type.
+pub fn verify(chains: &Chains<'_>, streams: &Streams, accepted: ArrayMut<'_>, next: ArrayMut<'_>) -> Result<()> {
+    let rows = chains.rows();
+    tokens_out(&next, rows)?;
+    if accepted.shape() != [rows] || accepted.dtype() != Dtype::I32 {
+        return Err(Error::shape("accepted", format!("[{rows}] of int32"), accepted.shape()));
+    }
+    let results = Results::new(rows);
+    threads::for_each(rows, chains.serial(), Scratch::default, |row, scratch| {
+        results.put(row, chains.chain(row).run(scratch, |i, purpose| streams.uniform(row, i, purpose)));
+    })?;
+    let results = results.collect()?;
+    fill(accepted, results.iter().map(|&(count, _)| count as i32));
+    fill(next, results.iter().map(|&(_, token)| token as i64));
+    Ok(())
+}
+
+/// What [`verify`] draws from, for every row: `probabilities [B, K]`, that of accepting token i after all before it,
+/// and `corrections [B, K + 1, V]`, the law of the token that follows i acceptances (both float64; 0 beyond a row's
+/// length).
+///
+/// # Errors
+/// As [`verify`].
+pub fn verification_law(chains: &Chains<'_>, probabilities: ArrayMut<'_>, corrections: ArrayMut<'_>) -> Result<()> {
+    let [rows, depth] = [chains.tokens.shape()[0], chains.tokens.shape()[1]];
+    for (name, out, shape) in
+        [("probabilities", &probabilities, &[rows, depth][..]), ("corrections", &corrections, chains.logits.shape())]
+    {
+        if out.shape() != shape || out.dtype() != Dtype::F64 {
+            return Err(Error::shape(name, format!("{shape:?} of float64"), out.shape()));
+        }
+    }
+    let (probabilities, corrections) = (probabilities.rows::<f64>(), corrections.rows::<f64>());
+    let results = Results::new(rows);
+    threads::for_each(rows, chains.serial(), Scratch::default, |row, scratch| {
+        let chain = chains.chain(row);
+        let accept = if depth > 0 { probabilities.take(row) } else { &mut [] };
+        let mut work = || -> Result<()> {
+            for i in 0..=depth {
+                let correction = corrections.take(row * (depth + 1) + i);
+                if i < chain.length() {
+                    accept[i] = chain.acceptance(i, scratch)?;
+                } else if i < depth {
+                    accept[i] = 0.0;
+                }
+                if i <= chain.length() {
+                    chain.correction(i, scratch)?.write(correction);
+                } else {
+                    correction.fill(0.0);
+                }
+            }
+            Ok(())
+        };
+        results.put(row, work());
+    })?;
+    results.collect().map(|_: Vec<()>| ())
+}
