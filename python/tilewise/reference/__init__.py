@@ -1,0 +1,10 @@
+"""The readable meaning of every room: float64, NumPy alone, loops where loops say it best.
+
+Nothing here is fast and nothing fast imports it. Tests and doubters compare the kernels with these functions.
+"""
+
+from __future__ import annotations
+
+from tilewise.reference import attention, gemm, moe
+
+__all__ = ["attention", "gemm", "moe"]
