@@ -1,0 +1,73 @@
+"""tilewise inside Hugging Face models.
+
+    import tilewise.hf
+    tilewise.hf.register()
+    model = AutoModelForCausalLM.from_pretrained(
+        path, attn_implementation="tilewise", experts_implementation="tilewise"
+    )
+
+Importing this package changes nothing in transformers; :func:`register` does, explicitly and as often as one likes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tilewise.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from tilewise.hf.attention import attention_forward
+    from tilewise.hf.experts import experts_forward
+    from tilewise.hf.masks import attention_mask
+
+__all__ = ["NAME", "attention_forward", "attention_mask", "experts_forward", "register"]
+
+NAME = "tilewise"
+"""The name to give as ``attn_implementation`` and ``experts_implementation``."""
+
+_HOMES = {
+    "attention_forward": "tilewise.hf.attention",
+    "attention_mask": "tilewise.hf.masks",
+    "experts_forward": "tilewise.hf.experts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import; they come with the first name that needs them.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def register() -> None:
+    """Add ``"tilewise"`` to the attention, mask and experts interfaces of transformers.
+
+    Calling it again is harmless. Models are not touched: choose the name when loading one, or call
+    ``model.set_attn_implementation("tilewise")`` and ``model.set_experts_implementation("tilewise")``.
+
+    Raises:
+        MissingExtraError: torch or transformers (5.3 or later) is not installed.
+
+    Example:
+        >>> import tilewise.hf
+        >>> tilewise.hf.register()
+        >>> from transformers import AttentionInterface
+        >>> "tilewise" in AttentionInterface()
+        True
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.integrations.moe import ExpertsInterface
+    except ImportError as error:
+        raise MissingExtraError(
+            f"tilewise.hf needs torch and transformers >= 5.3 ({error}); install them with: pip install 'tilewise[hf]'"
+        ) from error
+    from tilewise.hf.attention import attention_forward
+    from tilewise.hf.experts import experts_forward
+    from tilewise.hf.masks import attention_mask
+
+    # The mask comes first: an attention without its mask function would silently attend padding.
+    AttentionMaskInterface.register(NAME, attention_mask)
+    AttentionInterface.register(NAME, attention_forward)
+    ExpertsInterface.register(NAME, experts_forward)
