@@ -42,7 +42,7 @@ lint: build ## check formats, clippy, ruff, types of the public API, and the stu
 	PYO3_BUILD_EXTENSION_MODULE=1 PYO3_NO_PYTHON=1 cargo clippy --locked --workspace --all-targets -- -D warnings
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath $(PY)
 	$(PY) -m mypy.stubtest tilewise._core --mypy-config-file pyproject.toml
 
 .PHONY: format

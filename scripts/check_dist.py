@@ -1,6 +1,6 @@
 """Checks what a wheel and a source distribution hold: everything they need and nothing that is not theirs.
 
-    python scripts/check_dist.py dist
+python scripts/check_dist.py dist
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ SOURCES = ["Cargo.lock", "Cargo.toml", "LICENSE", "README.md", "pyproject.toml"]
 
 
 def package_files() -> list[str]:
-    """Every file of the package under version control, as paths from python/."""
-    ignored = {"__pycache__"}
-    return [
-        path.relative_to(ROOT / "python").as_posix()
-        for path in PACKAGE.rglob("*")
-        if path.is_file() and not ignored & set(path.parts) and path.suffix not in {".so", ".pyd"} and path.name[0] != "."
-    ]
+    """Every file of the package but build outputs, as paths from python/."""
+    files = [path.relative_to(ROOT / "python") for path in PACKAGE.rglob("*") if path.is_file()]
+    outputs = {".so", ".pyd", ".pyc"}
+    return [path.as_posix() for path in files if path.suffix not in outputs and not path.name.startswith(".")]
 
 
 def check_wheel(path: Path) -> list[str]:
-    names = zipfile.ZipFile(path).namelist()
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
     faults = [f"{path.name}: missing {name}" for name in package_files() if name not in names]
     if not any(name.startswith("tilewise/_core.") and name.endswith((".so", ".pyd")) for name in names):
         faults.append(f"{path.name}: missing the extension tilewise/_core")
@@ -44,7 +42,8 @@ def check_wheel(path: Path) -> list[str]:
 
 def check_sdist(path: Path) -> list[str]:
     # Without the leading tilewise-<version>/.
-    names = {name.split("/", 1)[-1] for name in tarfile.open(path).getnames()}
+    with tarfile.open(path) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
     wanted = SOURCES + [f"python/{name}" for name in package_files()]
     for folder, pattern in [("cuda", "*.cu*"), ("rust", "*.rs"), ("rust", "Cargo.toml")]:
         wanted += [found.relative_to(ROOT).as_posix() for found in (ROOT / folder).rglob(pattern)]

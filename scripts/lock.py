@@ -54,7 +54,9 @@ def main() -> None:
         # What venv itself brought is not part of the lock, unless something asks for it.
         subprocess.run([*pip, "uninstall", "--quiet", "--yes", "setuptools", "wheel"], check=True)
         subprocess.run([*pip, "install", *requirements], check=True)
-        frozen = subprocess.run([*pip, "freeze", "--all", "--exclude", "pip"], check=True, capture_output=True, text=True)
+        frozen = subprocess.run(
+            [*pip, "freeze", "--all", "--exclude", "pip"], check=True, capture_output=True, text=True
+        )
     lines = sorted(frozen.stdout.splitlines(), key=str.lower)
     bad = [line for line in lines if "==" not in line]
     if bad:

@@ -47,7 +47,9 @@ def native(name: str, array: Any) -> Any:
         return array if array.flags.aligned else array.copy()
     if is_torch(array):
         if array.device.type != "cpu":
-            raise DeviceError(f"{name}: expected an array on the CPU, got a torch tensor on {array.device}; use x.cpu()")
+            raise DeviceError(
+                f"{name}: expected an array on the CPU, got a torch tensor on {array.device}; use x.cpu()"
+            )
         return array.detach() if array.requires_grad else array
     if not hasattr(array, "__dlpack__"):
         raise TypeError(
