@@ -16,6 +16,8 @@ from tilewise.errors import DeviceError, DtypeError
 __all__ = ["broadcast", "dtype_name", "is_torch", "like", "native"]
 
 _CPU_DEVICES = (1, 3)  # DLPack: CPU, and host memory pinned by CUDA
+# What the core reads. Not uint16: to the core that is the bits of bfloat16, to a user it is integers.
+_DTYPES = ("float32", "float64", "float16", "bfloat16", "int32", "int64", "bool")
 
 
 def is_torch(array: Any) -> bool:
@@ -35,9 +37,10 @@ def native(name: str, array: Any) -> Any:
     Raises:
         TypeError: not an array.
         DeviceError: not in CPU memory.
-        DtypeError: a NumPy dtype in foreign byte order.
+        DtypeError: an element type that no operation takes, or a NumPy dtype in foreign byte order.
     """
     if isinstance(array, np.ndarray):
+        _check_dtype(name, array)
         if not array.dtype.isnative:
             raise DtypeError(
                 f"{name}: expected native byte order, got {array.dtype.str}; use x.astype(x.dtype.newbyteorder('='))"
@@ -47,7 +50,10 @@ def native(name: str, array: Any) -> Any:
         return array if array.flags.aligned else array.copy()
     if is_torch(array):
         if array.device.type != "cpu":
-            raise DeviceError(f"{name}: expected an array on the CPU, got a torch tensor on {array.device}; use x.cpu()")
+            raise DeviceError(
+                f"{name}: expected an array on the CPU, got a torch tensor on {array.device}; use x.cpu()"
+            )
+        _check_dtype(name, array)
         return array.detach() if array.requires_grad else array
     if not hasattr(array, "__dlpack__"):
         raise TypeError(
@@ -59,6 +65,11 @@ def native(name: str, array: Any) -> Any:
             f"{name}: expected an array on the CPU, got {type(array).__name__} on DLPack device {tuple(device)}"
         )
     return array
+
+
+def _check_dtype(name: str, array: Any) -> None:
+    if dtype_name(array) not in _DTYPES:
+        raise DtypeError(f"{name}: expected dtype {', '.join(_DTYPES)}, got {dtype_name(array)}; use astype or to")
 
 
 def like(reference: Any, shape: tuple[int, ...], dtype: str | None = None) -> tuple[Any, Any]:

@@ -36,7 +36,8 @@ def attention(
         value: ``[batch, key_heads, keys, value_dim]``. Head dimensions are 1 to 512.
         scale: factor on the scores; ``head_dim ** -0.5`` if None.
         causal: keep ``j <= i + keys - queries``.
-        window: ``(left, right)``: keep ``i + keys - queries - left <= j <= i + keys - queries + right``; -1 = unlimited.
+        window: ``(left, right)``: keep ``i + keys - queries - left <= j <= i + keys - queries + right``; -1 is
+            unlimited.
         mask: boolean, broadcastable to ``[batch, query_heads, queries, keys]``; True = attend.
         sinks: ``[query_heads]``: one more logit per head that takes part in the softmax and has no value.
         block_indices: integers ``[batch, index_heads, queries, slots]``: key blocks each query may attend (MiniMax

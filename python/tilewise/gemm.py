@@ -40,6 +40,8 @@ def matmul(a: Any, b: Any, *, rows: Any = None) -> Any:
     for name, array in (("a", left), ("b", right)):
         if array.ndim != 2:
             raise ShapeError(f"{name}: expected rank 2, got shape {tuple(array.shape)}")
+    if gather is not None and gather.ndim != 1:
+        raise ShapeError(f"rows: expected rank 1, got shape {tuple(gather.shape)}")
     count = left.shape[0] if gather is None else gather.shape[0]
     out, result = like(a, (count, right.shape[1]))
     _core.matmul(left, right, gather, out)

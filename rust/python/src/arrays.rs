@@ -5,7 +5,7 @@
 //! Layout of the structs: the DLPack specification 1.1.
 
 use crate::door::to_python;
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyBufferError, PyTypeError};
 use pyo3::ffi;
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -71,9 +71,17 @@ pub fn hold<'py>(name: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Hel
     keywords.set_item(intern!(py, "max_version"), (1, 0))?;
     let capsule = match export.call(PyTuple::empty(py), Some(&keywords)) {
         // Producers older than DLPack 1.0 do not know the keyword.
-        Err(error) if error.is_instance_of::<PyTypeError>(py) => export.call0()?,
-        other => other?,
+        Err(error) if error.is_instance_of::<PyTypeError>(py) => export.call0(),
+        other => other,
     };
+    let capsule = capsule.map_err(|error| {
+        // What the standard says a producer raises for memory it cannot export: sparse, lazy, of an odd type.
+        if !error.is_instance_of::<PyBufferError>(py) {
+            return error;
+        }
+        let refused = Error::value(name, "an array whose memory can be exported (DLPack)", error.value(py));
+        to_python(py, &refused.hint("pass a dense array"))
+    })?;
     // SAFETY: the two names are the specification's; a capsule that answers to one holds that struct, and the
     // struct lives as long as the capsule, which `Held` keeps.
     unsafe {
@@ -141,7 +149,8 @@ impl Held<'_> {
                     1 => "uint",
                     2 => "float",
                     5 => "complex",
-                    _ => "DLPack type code ",
+                    7..=14 => "an 8-bit floating format of ",
+                    _ => "an unknown type of ",
                 };
                 let got = if lanes == 1 { format!("{kind}{bits}") } else { format!("{kind}{bits}x{lanes}") };
                 let allowed = "float32, float64, float16, bfloat16, int32, int64 or bool";
