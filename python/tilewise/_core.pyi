@@ -52,3 +52,49 @@ def attention(
     block_indices: _Array | None,
     block_size: int,
 ) -> None: ...
+
+# speculation
+def uniform(seed: int, request: int, position: int, purpose: str) -> float: ...
+def speculation_process(logits: _Array, temperature: _Array, top_k: _Array, top_p: _Array, out: _Array) -> None: ...
+def speculation_sample_laws(
+    probabilities: _Array, seed: int, requests: _Array, positions: _Array, purpose: str, tokens: _Array
+) -> None: ...
+def speculation_sample_logits(
+    logits: _Array,
+    temperature: _Array,
+    top_k: _Array,
+    top_p: _Array,
+    seed: int,
+    requests: _Array,
+    positions: _Array,
+    purpose: str,
+    tokens: _Array,
+    laws: _Array | None = None,
+) -> None: ...
+def speculation_verify(
+    draft_tokens: _Array,
+    draft_lengths: _Array | None,
+    draft_laws: _Array | None,
+    logits: _Array,
+    temperature: _Array,
+    top_k: _Array,
+    top_p: _Array,
+    strict: bool,
+    seed: int,
+    requests: _Array,
+    positions: _Array,
+    accepted: _Array,
+    tokens: _Array,
+) -> None: ...
+def speculation_law(
+    draft_tokens: _Array,
+    draft_lengths: _Array | None,
+    draft_laws: _Array | None,
+    logits: _Array,
+    temperature: _Array,
+    top_k: _Array,
+    top_p: _Array,
+    strict: bool,
+    acceptance: _Array,
+    corrections: _Array,
+) -> None: ...

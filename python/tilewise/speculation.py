@@ -88,8 +88,8 @@ def process(logits: Any, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.
     """The law that is sampled from logits: temperature, then top-k, then top-p, then a softmax, in float64.
 
     Args:
-        logits: ``[V]``, ``[B, V]`` or ``[B, N, V]``, float32, float64, float16 or bfloat16; -inf masks a token, tokens at
-            +inf share everything.
+        logits: ``[V]``, ``[B, V]`` or ``[B, N, V]``, float32, float64, float16 or bfloat16; -inf masks a token,
+            tokens at +inf share everything.
         temperature: at least 0; 0 puts everything on the largest logit (ties: the lowest id).
         top_k: keep the tokens whose logit is at least the k-th largest (ties with it stay); 0 or None keeps all.
         top_p: in (0, 1]: keep the most probable tokens up to the one that makes their mass reach p (ties: lower ids
@@ -102,8 +102,9 @@ def process(logits: Any, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.
         ShapeError, DtypeError, DeviceError: the message names the argument.
         ArgumentError: a setting outside its range, NaN logits, a row whose tokens are all masked.
 
-    Order and sets are those of transformers' `TemperatureLogitsWarper`, `TopKLogitsWarper` and `TopPLogitsWarper`, except
-    that they compute in the logits' own precision and leave ties at the edge of the nucleus to an unstable sort.
+    Order and sets are those of transformers' `TemperatureLogitsWarper`, `TopKLogitsWarper` and `TopPLogitsWarper`,
+    except that those compute in the logits' own precision and leave ties at the edge of the nucleus to an unstable
+    sort.
 
     Example:
         >>> import numpy as np
@@ -115,10 +116,12 @@ def process(logits: Any, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.
     shape = tuple(array.shape)
     if not 1 <= len(shape) <= 3:
         raise ShapeError(f"logits: expected [V], [B, V] or [B, N, V], got shape {shape}")
-    batch = (1, 1, *shape) if len(shape) == 1 else (shape[0], 1, shape[1]) if len(shape) == 2 else shape
-    deep = array[None, None] if len(shape) == 1 else array[:, None] if len(shape) == 2 else array
     out, result = like(logits, shape, "float64")
-    _core.speculation_process(deep, *_rules(temperature, top_k, top_p, batch[0]), out.reshape(batch))
+    if len(shape) == 1:
+        array, out, rows = array[None], out[None], 1
+    else:
+        rows = shape[0]
+    _core.speculation_process(array, *_rules(temperature, top_k, top_p, rows), out)
     return result
 
 
@@ -385,8 +388,9 @@ def _per_row(name: str, value: Any, rows: int, dtype: Literal["float64", "int64"
         raise ShapeError(f"{name}: expected one number, or [B = {rows}], got shape {array.shape}")
     if dtype == "int64" and array.size and array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
         raise ArgumentError(f"{name}: expected integers below 2^63, got {array.max()}")
-    # A broadcast view would do; but rows are few, and a flat copy is what every reader understands.
-    return np.ascontiguousarray(np.broadcast_to(array.astype(dtype), (rows,)))
+    if array.ndim == 0:
+        return np.full(rows, array, dtype)
+    return np.ascontiguousarray(array, dtype)
 
 
 def _rules(temperature: Any, top_k: Any, top_p: Any, rows: int) -> tuple[Any, Any, Any]:

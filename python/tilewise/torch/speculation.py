@@ -157,8 +157,8 @@ _draft_token = define(
 )
 _verify = define(
     "speculation_verify",
-    f"(Tensor draft_tokens, Tensor? draft_laws, Tensor logits, {_RULES}, Tensor? draft_lengths, {_STREAMS}, bool strict)"
-    " -> (Tensor, Tensor)",
+    f"(Tensor draft_tokens, Tensor? draft_laws, Tensor logits, {_RULES}, Tensor? draft_lengths, {_STREAMS}, "
+    "bool strict) -> (Tensor, Tensor)",
     _verify_kernel,
     _verify_fake,
 )
@@ -208,7 +208,9 @@ def sample(
     """
     refuse_device(probabilities=probabilities)
     _rank("probabilities", probabilities, 2, "[B, V]")
-    return _sample(probabilities.detach(), seed, *_streams(requests, positions, probabilities.shape[0]), purpose)
+    return _sample(
+        probabilities.detach(), speculation._seed(seed), *_streams(requests, positions, probabilities.shape[0]), purpose
+    )
 
 
 def sample_target(
@@ -232,7 +234,9 @@ def sample_target(
     refuse_device(logits=logits)
     _rank("logits", logits, 2, "[B, V]")
     rules = _rules(temperature, top_k, top_p, logits.shape[0])
-    return _sample_target(logits.detach(), *rules, seed, *_streams(requests, positions, logits.shape[0]))
+    return _sample_target(
+        logits.detach(), *rules, speculation._seed(seed), *_streams(requests, positions, logits.shape[0])
+    )
 
 
 def draft_token(
@@ -259,7 +263,7 @@ def draft_token(
     if laws_dtype not in _LAWS:
         raise ArgumentError(f"laws_dtype: expected 'float64' or 'float32', got {laws_dtype!r}")
     rules, streams = _rules(temperature, top_k, top_p, logits.shape[0]), _streams(requests, positions, logits.shape[0])
-    return Drafted(*_draft_token(logits.detach(), *rules, seed, *streams, laws_dtype))
+    return Drafted(*_draft_token(logits.detach(), *rules, speculation._seed(seed), *streams, laws_dtype))
 
 
 def verify(
@@ -294,7 +298,7 @@ def verify(
             logits.detach(),
             *_rules(temperature, top_k, top_p, rows),
             None if draft_lengths is None else _per_row("draft_lengths", draft_lengths, rows, torch.int64),
-            seed,
+            speculation._seed(seed),
             *_streams(requests, positions, rows),
             strict,
         )
@@ -327,7 +331,9 @@ def verification_law(
     _refuse_gradient("verification_law", logits, draft_laws)
     rows = _chains(draft_tokens, logits)
     lengths = None if draft_lengths is None else _per_row("draft_lengths", draft_lengths, rows, torch.int64)
-    return VerificationLaw(*_law(draft_tokens, draft_laws, logits, *_rules(temperature, top_k, top_p, rows), lengths, strict))
+    return VerificationLaw(
+        *_law(draft_tokens, draft_laws, logits, *_rules(temperature, top_k, top_p, rows), lengths, strict)
+    )
 
 
 def _rank(name: str, tensor: torch.Tensor, rank: int, axes: str) -> None:
@@ -358,7 +364,8 @@ def _per_row(name: str, value: Any, rows: int, dtype: torch.dtype) -> torch.Tens
         return value.detach().to(dtype).expand(rows)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not (integral and isinstance(value, float)):
         return torch.full((rows,), value, dtype=dtype)
-    return torch.from_numpy(speculation._per_row(name, value, rows, "int64" if integral else "float64"))
+    array = speculation._per_row(name, value, rows, "int64" if integral else "float64")
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _rules(temperature: Any, top_k: Any, top_p: Any, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -163,7 +163,8 @@ impl Held<'_> {
             if rank == 0 { Vec::new() } else { unsafe { std::slice::from_raw_parts(pointer, rank) }.to_vec() }
         };
         let shape: Vec<usize> = read(tensor.shape).into_iter().map(|extent| extent as usize).collect();
-        let strides = if tensor.strides.is_null() {
+        // NumPy may give empty arrays strides of zero, which say nothing.
+        let strides = if tensor.strides.is_null() || shape.contains(&0) {
             let mut strides = vec![1isize; rank];
             for axis in (1..rank).rev() {
                 strides[axis - 1] = strides[axis] * shape[axis].max(1) as isize;

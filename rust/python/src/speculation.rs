@@ -27,7 +27,7 @@ fn uniform(py: Python<'_>, seed: u64, request: u32, position: u64, purpose: &str
     Ok(tilewise_core::rng::uniform(seed, request, position, purpose_named(py, purpose)?))
 }
 
-/// logits [B, N, V], rules [B] -> out [B, N, V] float64.
+/// logits [B, V] or [B, N, V], rules [B] -> out of the same shape, float64.
 #[pyfunction]
 fn speculation_process<'py>(
     py: Python<'py>,

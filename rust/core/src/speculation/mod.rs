@@ -5,11 +5,11 @@
 //! token is drawn from max(p - q, 0), renormalised, and after a chain without refusal one from the next p. The tokens
 //! that leave are distributed exactly as p's (Leviathan et al. 2023, Chen et al. 2023).
 //!
-//! * [`process`]: logits to law: [`process::Sampling`], [`process::Law`];
+//! * [`mod@process`]: logits to law: [`process::Sampling`], [`process::Law`];
 //! * `select`: the k largest, and the nucleus, without sorting the vocabulary;
 //! * `exponential`: e^x in double precision with the same bits on every instruction set;
 //! * [`sample`]: one token from a law and a uniform number, batched;
-//! * [`verify`]: chains: acceptance probabilities, residual laws, and the run that uses them.
+//! * [`mod@verify`]: chains: acceptance probabilities, residual laws, and the run that uses them.
 //!
 //! Laws are non-negative weights with their total. Whoever draws from a law and whoever tests against it divide by
 //! the same total, computed by the same function ([`process::total`]): then "the law it was drawn from" is meant to

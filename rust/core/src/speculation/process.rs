@@ -255,29 +255,36 @@ impl Processor {
     }
 }
 
-/// The laws of a batch: logits `[B, N, V]` and one rule per row to probabilities `[B, N, V]` (float64).
+/// The laws of a batch: logits `[B, V]` or `[B, N, V]` and one rule per row to probabilities of that shape (float64).
 ///
 /// # Errors
 /// Wrong ranks, extents or types; NaN or wholly masked rows.
 pub fn process(logits: &Array<'_>, rules: &[Sampling], out: ArrayMut<'_>) -> Result<()> {
     floating("logits", logits)?;
-    shaped("logits", logits, "[B, N, V]", &[Some(rules.len()), None, None])?;
-    let [rows, depth, vocabulary] = [logits.shape()[0], logits.shape()[1], logits.shape()[2]];
-    if vocabulary == 0 && rows * depth > 0 {
-        return Err(Error::shape("logits", "[B, N, V] with V >= 1", logits.shape()));
+    let deep = logits.shape().len() != 2;
+    if deep {
+        shaped("logits", logits, "[B, V] or [B, N, V]", &[Some(rules.len()), None, None])?;
+    } else {
+        shaped("logits", logits, "[B, V] or [B, N, V]", &[Some(rules.len()), None])?;
+    }
+    let depth = if deep { logits.shape()[1] } else { 1 };
+    let laws = rules.len() * depth;
+    if logits.shape().ends_with(&[0]) && laws > 0 {
+        return Err(Error::shape("logits", "[B, V] or [B, N, V] with V >= 1", logits.shape()));
     }
     if out.shape() != logits.shape() {
-        return Err(Error::shape("out", format!("[{rows}, {depth}, {vocabulary}]"), out.shape()));
+        return Err(Error::shape("out", format!("the shape of logits, {:?}", logits.shape()), out.shape()));
     }
     if out.dtype() != Dtype::F64 {
         return Err(Error::dtype("out", "float64", out.dtype()));
     }
     let out = out.rows::<f64>();
-    let results = Results::new(rows * depth);
+    let results = Results::new(laws);
     let serial = logits.len() < SERIAL;
-    threads::for_each(rows * depth, serial, Default::default, |task, (processor, law): &mut (Processor, Law)| {
+    threads::for_each(laws, serial, Default::default, |task, (processor, law): &mut (Processor, Law)| {
         let at = [task / depth, task % depth];
-        let result = processor.law(logits, &at, rules[at[0]], law);
+        let at = if deep { &at[..] } else { &at[..1] };
+        let result = processor.law(logits, at, rules[at[0]], law);
         results.put(task, result.map(|()| law.write(out.take(task))));
     })?;
     results.collect().map(|_: Vec<()>| ())
