@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -42,6 +43,15 @@ def sliding_model():
     model.set_attn_implementation("tilewise")
     model.set_experts_implementation("tilewise")
     return model
+
+
+def near(model, amount: float):
+    """A draft that is often right: the model, with its weights shaken."""
+    shaken = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in shaken.parameters():
+        parameter += amount * parameter.std() * torch.randn(parameter.shape, generator=generator, dtype=WIDE)
+    return shaken
 
 
 def prompts(count: int, length: int = 12) -> list[list[int]]:
@@ -109,7 +119,6 @@ def test_lean_cache_grows():
 def test_greedy_output_is_plain_greedy_output(pair, settings):
     target, draft = pair
     plain, fast = SpeculativeDecoder(target), SpeculativeDecoder(target, draft, **settings)
-    # A draft that agrees often, as random weights never do: the target itself, with a little noise.
     for prompt in prompts(4):
         want = list(plain.generate(prompt, 40))
         assert list(fast.generate(prompt, 40)) == want
@@ -136,20 +145,16 @@ def test_a_perfect_draft_is_always_accepted(pair):
     assert stats.tokens == len(tokens) == 41
 
 
-def test_half_right_drafts_roll_back(pair):
-    """A noisy copy of the target as draft: some drafts stay, some do not, on every layer kind."""
+def test_half_right_drafts_roll_back():
+    """Some drafts stay, some do not, on every layer kind."""
     for target in (random_target(dtype=WIDE), sliding_model()):
-        noisy = random_target(dtype=WIDE) if target.config.model_type != "gpt_oss" else sliding_model()
-        generator = torch.Generator().manual_seed(0)
-        for parameter in noisy.parameters():
-            parameter += 0.02 * parameter.std() * torch.randn(parameter.shape, generator=generator, dtype=WIDE)
-        fast = SpeculativeDecoder(target, noisy, draft_length=3)
+        fast = SpeculativeDecoder(target, near(target, 0.02), draft_length=3)
         for prompt in prompts(3):
             assert list(fast.generate(prompt, 60)) == list(SpeculativeDecoder(target).generate(prompt, 60))
         assert 0 < fast.stats.accepted < fast.stats.drafted
 
 
-SMALL = {"vocab_size": 5, "num_hidden_layers": 1, "initializer_range": 0.6}
+SMALL = {"vocab_size": 5, "num_hidden_layers": 1, "initializer_range": 0.3}
 RULES = {"temperature": 0.8, "top_p": 0.95}
 PROMPT = [1, 4, 2]
 
@@ -180,10 +185,11 @@ def chi_square(counts: dict, law: dict, total: int) -> tuple[float, int]:
 
 @pytest.mark.parametrize("kind", ["plain", "chain", "confident chain"])
 def test_sampled_output_has_the_targets_law(kind):
-    target, draft = random_draft(seed=11, dtype=WIDE, **SMALL), random_draft(seed=12, dtype=WIDE, **SMALL)
+    target = random_draft(seed=11, dtype=WIDE, **SMALL)
+    draft = near(target, 0.35)
     settings = {"plain": {}, "chain": {"draft_length": 3}, "confident chain": {"draft_length": 3, "confidence": 0.25}}
     decoder = SpeculativeDecoder(target, None if kind == "plain" else draft, **settings[kind], **RULES, seed=2026)
-    total, length = 1500, 4
+    total, length = 1200, 4
     counts: dict[tuple[int, ...], int] = {}
     drafted = accepted = 0
     for request in range(total):
@@ -195,10 +201,10 @@ def test_sampled_output_has_the_targets_law(kind):
     assert not set(counts) - {tokens for tokens, mass in law.items() if mass > 0}, "a token outside the nucleus"
     statistic, freedom = chi_square(counts, law, total)
     bound = freedom + 3.5 * math.sqrt(2.0 * freedom)
-    assert freedom > 40
+    assert freedom > 30
     assert statistic < bound
     wrong, wrong_freedom = chi_square(counts, exact_law(draft, length), total)
-    assert wrong > 3 * (wrong_freedom + 3.5 * math.sqrt(2.0 * wrong_freedom)), "the test could not fail"
+    assert wrong > 2 * (wrong_freedom + 3.5 * math.sqrt(2.0 * wrong_freedom)), "the test could not fail"
     if kind != "plain":
         assert 0.2 < accepted / drafted < 0.95
 
@@ -265,8 +271,9 @@ def test_bfloat16_logits_are_read_exactly():
 def test_errors(pair):
     target, draft = pair
     for settings, message in (
-        ({"draft_length": 0}, "draft_length"), ({"confidence": 1.5}, "confidence"), ({"temperature": -1.0}, "temperature"),
-        ({"top_p": 0.0}, "top_p"), ({"top_k": -1}, "top_k"), ({"seed": -1}, "seed"),
+        ({"draft_length": 0}, "draft_length"), ({"confidence": 1.5}, "confidence"),
+        ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"), ({"top_k": -1}, "top_k"),
+        ({"seed": -1}, "seed"),
     ):  # fmt: skip
         with pytest.raises(ArgumentError, match=message):
             SpeculativeDecoder(target, draft, **settings)
@@ -286,11 +293,19 @@ def test_errors(pair):
         decoder.generate(torch.ones(2, 3, dtype=torch.long), 20)
 
 
-def test_recurrent_state_cannot_be_rolled_back():
-    config = transformers.MambaConfig(
-        vocab_size=256, hidden_size=16, num_hidden_layers=1, state_size=4, bos_token_id=None, eos_token_id=None,
-        pad_token_id=None,
+def test_models_without_a_cache_that_rolls_back_are_refused():
+    small = {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": None, "eos_token_id": None}
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(state_size=4, **small)).eval()
+    with pytest.raises(UnsupportedError, match="takes no past_key_values"):
+        SpeculativeDecoder(mamba)
+    config = transformers.Qwen3NextConfig(
+        intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8, linear_num_key_heads=1,
+        linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2,
+        moe_intermediate_size=8, num_experts_per_tok=1,
+        shared_expert_intermediate_size=8, layer_types=["linear_attention", "full_attention"],
+        **small,
     )  # fmt: skip
-    model = transformers.MambaForCausalLM(config).eval().requires_grad_(False)
+    hybrid = transformers.Qwen3NextForCausalLM(config).eval().requires_grad_(False)
     with pytest.raises(UnsupportedError, match="cannot be rolled back"):
-        SpeculativeDecoder(model, random_draft(max_position_embeddings=64))
+        SpeculativeDecoder(hybrid, random_draft())
+    assert len(list(SpeculativeDecoder(hybrid).generate([1, 2, 3], 4))) == 4

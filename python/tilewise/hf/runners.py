@@ -7,6 +7,7 @@ several steps for each step of its target.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -47,10 +48,12 @@ def runners(model: PreTrainedModel, *, rollback: bool, lean: bool = False) -> Ca
         lean: prefer :class:`LeanLlama` where it computes this model. It copies the weights when this is called.
 
     Raises:
-        UnsupportedError: ``rollback`` of a model with recurrent state, which cannot be taken back.
+        UnsupportedError: a model without a cache of keys and values, or ``rollback`` of one with recurrent state, which
+            cannot be taken back.
     """
     if lean and LeanLlama.computes(model):
         return LeanLlama(model).sequence
+    ModuleRunner(model, rollback=rollback)  # a model that it cannot drive is refused now, not at the first token
     return lambda: ModuleRunner(model, rollback=rollback)
 
 
@@ -58,6 +61,10 @@ class ModuleRunner:
     """Any causal model of transformers, through its own modules and its own cache."""
 
     def __init__(self, model: PreTrainedModel, *, rollback: bool):
+        if "past_key_values" not in inspect.signature(model.forward).parameters:
+            raise UnsupportedError(
+                f"{type(model).__name__} takes no past_key_values; only models with such a cache run here"
+            )
         self.model = model
         self.vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
         self.length = 0
@@ -67,19 +74,23 @@ class ModuleRunner:
         self._slides = any(self._cache.is_sliding)
         # Where every layer keeps every key, one lower triangle serves all masks as a view, and transformers need
         # not build one. Sliding layers keep fewer keys than there are tokens and need masks of their own.
+        whole = DynamicLayer.get_mask_sizes
         self._plain = (
             model.config._attn_implementation in ("tilewise", "sdpa")  # which take bool masks
             and bool(self._cache.layers)
-            and all(type(layer).get_mask_sizes is DynamicLayer.get_mask_sizes for layer in self._cache.layers)
+            and all(getattr(type(layer), "get_mask_sizes", None) is whole for layer in self._cache.layers)
         )
         self._positions = torch.arange(0)
         self._triangle = torch.ones(0, 0, dtype=torch.bool)
 
     def _allow_rollback(self) -> None:
-        kinds = {type(layer).__name__ for layer in self._cache.layers if not getattr(layer, "is_croppable", True)}
-        if kinds:
+        layers = self._cache.layers
+        fixed = {
+            type(layer).__name__ for layer in layers if not (isinstance(layer, DynamicLayer) and layer.is_croppable)
+        }
+        if fixed or not layers:
             raise UnsupportedError(
-                f"{type(self.model).__name__} keeps a state that cannot be rolled back ({', '.join(sorted(kinds))}), "
+                f"{type(self.model).__name__} keeps a state that cannot be rolled back ({', '.join(sorted(fixed))}), "
                 "which speculation needs after a refusal; run it without a draft"
             )
         if hasattr(self._cache, "activate_past_recording"):
@@ -153,6 +164,7 @@ class LeanLlama:
         rope = getattr(config, "rope_parameters", None) or {}
         return (
             type(model).__name__ == "LlamaForCausalLM"
+            and model.dtype in (torch.float32, torch.float64)  # complex numbers come in no other
             and config.hidden_act == "silu"
             and not config.attention_bias
             and not config.mlp_bias
