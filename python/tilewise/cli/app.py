@@ -1,0 +1,124 @@
+"""The commands and their options; what they do is in the modules of their names."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+import tilewise
+from tilewise.errors import TilewiseError
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="tilewise",
+    help="The primitives that make sparse language models fast, on any CPU and NVIDIA GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tilewise {tilewise.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _reported(command: Callable[..., int]) -> Callable[..., None]:
+    """Errors that tilewise raises on purpose carry their whole message: show that, and no traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            code = command(*args, **kwargs)
+        except TilewiseError as error:
+            typer.echo(f"error: {error}", err=True)
+            code = 1
+        if code:
+            raise typer.Exit(code)
+
+    return wrapped
+
+
+@app.command()
+@_reported
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text to continue; '-' reads it from standard input.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory or cached repository of the model; the default pair if not given."),
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Directory or cached repository of its draft; 'none' generates plainly.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="How many tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy, 1 the model's own law.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the most probable tokens up to this mass, in (0, 1].")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep this many tokens; 0 keeps all.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
+    draft_length: Annotated[int, typer.Option(min=1, help="Most tokens to draft in a round.")] = 6,
+    confidence: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="End a draft once its own probability falls below this.")
+    ] = 0.0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also generate without the draft, and report speed and identity.")
+    ] = False,
+    repeat: Annotated[int, typer.Option(min=1, help="With --compare: runs of each; the median counts.")] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads for torch and tilewise. By default torch gets one for small models."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, float64, bfloat16, or auto (what the checkpoint has).")
+    ] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> int:
+    """Continue a text, with a draft model where there is one. Text goes to standard output as it comes."""
+    from tilewise.cli.generate import Options, run
+
+    return run(
+        Options(
+            prompt=prompt,
+            model=model,
+            draft=draft,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            draft_length=draft_length,
+            confidence=confidence,
+            compare=compare,
+            repeat=repeat,
+            threads=threads,
+            dtype=dtype,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+@_reported
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if anything installed does not work.")] = False,
+) -> int:
+    """Describe this installation in one block to paste: versions, instruction sets, threads, optional parts."""
+    from tilewise.cli.doctor import run
+
+    return run(as_json=as_json, strict=strict)

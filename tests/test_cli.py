@@ -1,0 +1,214 @@
+"""The command line, in process: what it prints, how it exits, and what it does not import."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+from typer.testing import CliRunner
+
+import tilewise
+from tilewise.cli import doctor
+from tilewise.cli.app import app
+
+
+def call(*arguments: object, stdin: str | None = None):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    pytest.importorskip("transformers")
+    from tilewise.hf.testing import save_random_pair
+
+    return save_random_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def pair(places):
+    """Options that name a random pair, and torch's threads as they were afterwards."""
+    import torch
+
+    threads = torch.get_num_threads()
+    # float64, because random weights make near-ties that float32 may decide either way
+    yield ("--model", places[0], "--draft", places[1], "--max-new-tokens", 24, "--dtype", "float64")
+    torch.set_num_threads(threads)
+
+
+def test_help_and_version_load_nothing_heavy():
+    code = (
+        "import sys; from tilewise.cli.app import app; from typer.testing import CliRunner;"
+        "result = CliRunner().invoke(app, ['--help']); assert result.exit_code == 0;"
+        "assert 'generate' in result.output and 'doctor' in result.output;"
+        "assert CliRunner().invoke(app, ['generate', '--help']).exit_code == 0;"
+        "heavy = {'torch', 'transformers', 'cupy'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert call("--version").output.strip() == f"tilewise {tilewise.__version__}"
+
+
+def test_module_is_the_entry_point():
+    command = [sys.executable, "-m", "tilewise.cli", "--version"]
+    shown = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True)
+    assert shown.stdout.strip() == f"tilewise {tilewise.__version__}"
+
+
+def test_generate_streams_text(pair):
+    result = call("generate", "def f(", *pair)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("def f(")
+    assert len(result.stdout) > len("def f(") + 4
+    assert "24 tokens" in result.stderr
+    assert "a step of the target" in result.stderr
+    assert call("generate", "-", *pair, stdin="def f(").stdout == result.stdout
+
+
+def test_generate_json(pair):
+    fast = json.loads(call("generate", "def f(", *pair, "--json").stdout)
+    plain = json.loads(call("generate", "def f(", *pair[:2], *pair[4:], "--json").stdout)
+    assert fast["tokens"] == plain["tokens"]
+    assert len(fast["tokens"]) == fast["stats"]["tokens"] == 24
+    assert fast["text"] == plain["text"] == bytes(fast["tokens"]).decode("utf-8", errors="replace")
+    assert fast["models"]["draft"] == str(pair[3])
+    assert plain["models"]["draft"] is None
+    assert plain["stats"]["drafted"] == 0 < fast["stats"]["drafted"]
+    assert fast["settings"]["draft_length"] == 6
+
+
+def test_compare_reports_speed_and_identity(pair):
+    result = call("generate", "def f(", *pair, "--compare")
+    assert result.exit_code == 0, result.output
+    for part in ("identical: yes", "speed-up: ", "plain", "speculative", "tokens a second", "draft 1"):
+        assert part in result.stdout
+    found = json.loads(call("generate", "def f(", *pair, "--compare", "--json", "--repeat", 2).stdout)
+    assert found["identical"] is True
+    assert found["first_difference"] is None
+    assert found["plain"]["rounds"] == 23
+    assert found["speedup"] == pytest.approx(
+        found["speculative"]["tokens_per_second"] / found["plain"]["tokens_per_second"]
+    )
+
+
+def test_compare_does_not_expect_identity_when_sampling(pair):
+    result = call("generate", "def f(", *pair, "--compare", "--temperature", 0.9, "--top-p", 0.9, "--top-k", 40)
+    assert result.exit_code == 0
+    assert "identical: not expected" in result.stdout
+    assert "identical: yes" not in result.stdout
+    found = call("generate", "def f(", *pair, "--compare", "--temperature", 0.9, "--json")
+    assert json.loads(found.stdout)["identical"] is None
+
+
+def test_compare_fails_if_the_tokens_differ(pair, monkeypatch):
+    """The comparison must be able to say no: a verification that accepts everything is caught."""
+    from tilewise.hf.generate import SpeculativeDecoder
+
+    honest = SpeculativeDecoder._verify
+
+    def credulous(self, drafted, *arguments):
+        _, token = honest(self, drafted, *arguments)
+        return len(drafted), token
+
+    monkeypatch.setattr(SpeculativeDecoder, "_verify", credulous)
+    result = call("generate", "def f(", *pair, "--compare")
+    assert result.exit_code == 1
+    assert "identical: no (token" in result.stdout
+    assert json.loads(call("generate", "def f(", *pair, "--compare", "--json").stdout)["identical"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--model", "./no/such/place"), 1, "does not exist"),
+        (("--model", "nobody/no-such-model"), 1, "Hugging Face cache"),
+        (("--top-p", "0"), 1, "top_p"),
+        (("--dtype", "int8"), 1, "--dtype must be one of"),
+        (("--compare", "--draft", "none"), 1, "needs a draft"),
+        (("--temperature", "-1"), 2, "temperature"),
+        (("--no-such-option",), 2, "No such option"),
+    ],
+)
+def test_errors_are_messages_and_exit_codes(arguments, code, message, pair):
+    models = () if "--model" in arguments or "--draft" in arguments else pair[:4]
+    result = call("generate", "x", *models, *arguments)
+    assert result.exit_code == code, result.output
+    # rich wraps and frames usage errors
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.output
+
+
+def test_an_empty_prompt_is_refused(pair):
+    result = call("generate", "", *pair)
+    assert result.exit_code == 1
+    assert "the prompt is empty" in result.stderr
+
+
+def test_generate_without_torch_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tilewise.hf.models", None)  # as an import that fails somewhere below
+    result = call("generate", "x")
+    assert result.exit_code == 1
+    assert "pip install 'tilewise[hf]'" in result.stderr
+
+
+def test_doctor():
+    result = call("doctor")
+    assert result.exit_code == 0, result.output
+    for part in ("tilewise", "instruction sets", "compiled", "detected", "threads", "torch", "CUDA", "problems"):
+        assert f"\n{part}" in f"\n{result.stdout}" or f"\n  {part}" in result.stdout, part
+    assert "\x1b" not in result.stdout, "colours do not paste"
+    found = json.loads(call("doctor", "--json").stdout)
+    assert found["tilewise"]["version"] == tilewise.__version__
+    sets = found["instruction_sets"]
+    assert sets["chosen"] in sets["detected"]
+    assert set(sets["detected"]) <= set(sets["compiled"])
+    assert found["threads"]["tilewise"] >= 1
+    assert {part["state"] for part in found["parts"]} <= {"ready", "missing", "broken"}
+
+
+def test_doctor_without_torch(monkeypatch):
+    """As on a machine that has NumPy alone: reported, not raised, and not a problem."""
+    real = importlib.import_module
+
+    def absent(name, *arguments):
+        if name.split(".")[0] in ("torch", "transformers", "matplotlib"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *arguments)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    found = doctor.collect()
+    states = {part["name"]: part["state"] for part in found["parts"]}
+    assert states["torch"] == states["transformers"] == states["tilewise.hf"] == "missing"
+    assert not [problem for problem in found["problems"] if "torch" in problem or "transformers" in problem]
+    assert "pip install 'tilewise[torch]'" in doctor.render(found)
+    assert found["threads"]["torch"] is None
+
+
+def test_doctor_strict_fails_on_what_is_broken(monkeypatch):
+    real = importlib.import_module
+
+    def broken(name, *arguments):
+        if name == "torch":
+            raise OSError("libtorch_cpu.so: cannot open shared object file")
+        return real(name, *arguments)
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    assert call("doctor").exit_code == 0
+    strict = call("doctor", "--strict")
+    assert strict.exit_code == 1
+    assert "cannot open shared object file" in strict.stdout
+    assert json.loads(call("doctor", "--json", "--strict").stdout)["problems"]
+
+
+def test_doctor_names_what_is_too_old(monkeypatch):
+    class Old:
+        __version__ = "2.9.1+cpu"
+
+    real = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", lambda name, *rest: Old if name == "torch" else real(name, *rest))
+    assert any("2.9.1+cpu is too old: 2.10" in problem for problem in doctor.collect()["problems"])
