@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import numpy as np
-
 from tilewise import _core
-from tilewise._arrays import like, native
+from tilewise._arrays import like, native, to_float64
 from tilewise.errors import ArgumentError, ShapeError
 
 __all__ = ["ACTIVATIONS", "Activation", "Layout", "Scoring", "experts", "route"]
@@ -76,7 +74,13 @@ def route(
     shape = (source.shape[0], int(top_k))
     ids, ids_result = like(logits, shape, "int32")
     weights, weights_result = like(logits, shape, "float32")
-    values = None if bias is None else np.asarray(native("bias", bias), np.float64).tolist()
+    # Converted here: the bits by which `native` hands over a bfloat16 are no numbers.
+    values = None
+    if bias is not None:
+        native("bias", bias)
+        if bias.ndim != 1:
+            raise ShapeError(f"bias: expected rank 1 [experts], got shape {tuple(bias.shape)}")
+        values = to_float64(bias).tolist()
     _core.route(
         source,
         ids,
