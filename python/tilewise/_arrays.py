@@ -40,11 +40,11 @@ def native(name: str, array: Any) -> Any:
         DtypeError: an element type that no operation takes, or a NumPy dtype in foreign byte order.
     """
     if isinstance(array, np.ndarray):
-        _check_dtype(name, array)
         if not array.dtype.isnative:
             raise DtypeError(
                 f"{name}: expected native byte order, got {array.dtype.str}; use x.astype(x.dtype.newbyteorder('='))"
             )
+        _check_dtype(name, array)
         if array.dtype.name == "bfloat16":
             array = array.view(np.uint16)
         return array if array.flags.aligned else array.copy()
