@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tilewise import _core
 from tilewise._arrays import like, native, to_float64
@@ -15,6 +15,8 @@ Layout = Literal["concatenated", "interleaved"]
 Activation = Literal[
     "swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_clamped", "silu", "gelu", "gelu_tanh", "relu", "relu2"
 ]
+
+ArrayT = TypeVar("ArrayT")
 
 #: Whether each activation is gated (its first weight holds gates and ups).
 ACTIVATIONS: dict[str, bool] = {
@@ -95,7 +97,7 @@ def route(
 
 
 def experts(
-    x: Any,
+    x: ArrayT,
     expert_ids: Any,
     weights: Any,
     gate_up: Any,
@@ -107,7 +109,7 @@ def experts(
     down_bias: Any = None,
     alpha: float = 1.702,
     limit: float = 7.0,
-) -> Any:
+) -> ArrayT:
     """The expert layer: ``out[t] = sum_k weights[t, k] * expert[expert_ids[t, k]](x[t])``.
 
     ``expert(x) = act(x @ gate_up.T + gate_up_bias) @ down.T + down_bias``. Products and sums are accumulated in float32

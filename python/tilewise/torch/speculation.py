@@ -327,7 +327,9 @@ def verification_law(
     _refuse_gradient("verification_law", logits, draft_laws)
     rows = _chains(draft_tokens, logits)
     lengths = None if draft_lengths is None else _per_row("draft_lengths", draft_lengths, rows, torch.int64)
-    return VerificationLaw(*_law(draft_tokens, draft_laws, logits, *_rules(temperature, top_k, top_p, rows), lengths, strict))
+    return VerificationLaw(
+        *_law(draft_tokens, draft_laws, logits, *_rules(temperature, top_k, top_p, rows), lengths, strict)
+    )
 
 
 def _rank(name: str, tensor: torch.Tensor, rank: int, axes: str) -> None:
