@@ -88,8 +88,8 @@ def process(logits: Any, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.
     """The law that is sampled from logits: temperature, then top-k, then top-p, then a softmax, in float64.
 
     Args:
-        logits: ``[V]``, ``[B, V]`` or ``[B, N, V]``, float32, float64, float16 or bfloat16; -inf masks a token, tokens at
-            +inf share everything.
+        logits: ``[V]``, ``[B, V]`` or ``[B, N, V]``, float32, float64, float16 or bfloat16; -inf masks a token, tokens
+            at +inf share everything.
         temperature: at least 0; 0 puts everything on the largest logit (ties: the lowest id).
         top_k: keep the tokens whose logit is at least the k-th largest (ties with it stay); 0 or None keeps all.
         top_p: in (0, 1]: keep the most probable tokens up to the one that makes their mass reach p (ties: lower ids
@@ -102,8 +102,8 @@ def process(logits: Any, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.
         ShapeError, DtypeError, DeviceError: the message names the argument.
         ArgumentError: a setting outside its range, NaN logits, a row whose tokens are all masked.
 
-    Order and sets are those of transformers' `TemperatureLogitsWarper`, `TopKLogitsWarper` and `TopPLogitsWarper`, except
-    that they compute in the logits' own precision and leave ties at the edge of the nucleus to an unstable sort.
+    Order and sets are those of transformers' `TemperatureLogitsWarper`, `TopKLogitsWarper` and `TopPLogitsWarper`,
+    except that they compute in the logits' own precision and leave ties at the edge of the nucleus to an unstable sort.
 
     Example:
         >>> import numpy as np

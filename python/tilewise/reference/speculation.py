@@ -102,7 +102,7 @@ def verify(
             q = (np.arange(vocabulary) == token).astype(np.float64)
         else:
             q = np.asarray(draft_laws[i], np.float64) / np.asarray(draft_laws[i], np.float64).sum()
-        if not uniform(seed, request, position + i, "accept") < acceptance(p[token], q[token]):
+        if not uniform(seed, request, position + i, "accept") < acceptance(float(p[token]), float(q[token])):
             return i, draw(residual(p, q), uniform(seed, request, position + i, "residual"))
     length = len(draft_tokens)
     p = process(logits[length], temperature, top_k, top_p)

@@ -157,8 +157,8 @@ _draft_token = define(
 )
 _verify = define(
     "speculation_verify",
-    f"(Tensor draft_tokens, Tensor? draft_laws, Tensor logits, {_RULES}, Tensor? draft_lengths, {_STREAMS}, bool strict)"
-    " -> (Tensor, Tensor)",
+    f"(Tensor draft_tokens, Tensor? draft_laws, Tensor logits, {_RULES}, Tensor? draft_lengths, {_STREAMS}, "
+    "bool strict) -> (Tensor, Tensor)",
     _verify_kernel,
     _verify_fake,
 )
