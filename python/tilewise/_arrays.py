@@ -13,7 +13,7 @@ import numpy as np
 
 from tilewise.errors import DeviceError, DtypeError
 
-__all__ = ["broadcast", "dtype_name", "is_torch", "like", "native"]
+__all__ = ["broadcast", "dtype_name", "is_torch", "like", "native", "to_float64"]
 
 _CPU_DEVICES = (1, 3)  # DLPack: CPU, and host memory pinned by CUDA
 # What the core reads. Not uint16: to the core that is the bits of bfloat16, to a user it is integers.
@@ -40,11 +40,11 @@ def native(name: str, array: Any) -> Any:
         DtypeError: an element type that no operation takes, or a NumPy dtype in foreign byte order.
     """
     if isinstance(array, np.ndarray):
-        _check_dtype(name, array)
         if not array.dtype.isnative:
             raise DtypeError(
                 f"{name}: expected native byte order, got {array.dtype.str}; use x.astype(x.dtype.newbyteorder('='))"
             )
+        _check_dtype(name, array)
         if array.dtype.name == "bfloat16":
             array = array.view(np.uint16)
         return array if array.flags.aligned else array.copy()
@@ -87,6 +87,13 @@ def like(reference: Any, shape: tuple[int, ...], dtype: str | None = None) -> tu
     except TypeError:
         raise DtypeError(f"expected float32, float64, float16 or bfloat16, got {name}") from None
     return array, _foreign(reference, array)
+
+
+def to_float64(array: Any) -> np.ndarray:
+    """The values of an array or a torch tensor of any numeric type, exactly, as a float64 array."""
+    if is_torch(array):
+        array = array.detach().cpu().double().numpy()
+    return np.asarray(array).astype(np.float64)
 
 
 def broadcast(array: Any, shape: tuple[int, ...]) -> Any:

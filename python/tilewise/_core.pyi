@@ -5,7 +5,29 @@ counts as bfloat16; outputs come from the caller and are filled. Errors are thos
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypedDict, final, type_check_only
+from typing import Any, Literal, Protocol, TypedDict, final, type_check_only
+
+__all__ = [
+    "attention",
+    "build_info",
+    "experts",
+    "force_isa",
+    "isa_chosen",
+    "isa_detected",
+    "matmul",
+    "num_threads",
+    "philox4x32",
+    "route",
+    "set_num_threads",
+    "speculation_law",
+    "speculation_process",
+    "speculation_sample_laws",
+    "speculation_sample_logits",
+    "speculation_verify",
+    "uniform",
+]
+
+_Purpose = Literal["draft", "accept", "residual", "target", "other"]
 
 @type_check_only
 class _Array(Protocol):
@@ -20,8 +42,6 @@ class _BuildInfo(TypedDict):
     target: str
     profile: str
     isa_compiled: list[str]
-
-__all__: list[str]
 
 # What this build is and how it is set (rust/python/src/config.rs).
 def build_info() -> _BuildInfo: ...
@@ -53,11 +73,39 @@ def attention(
     block_size: int,
 ) -> None: ...
 
+# moe
+def route(
+    logits: _Array,
+    ids: _Array,
+    weights: _Array,
+    *,
+    top_k: int,
+    scoring: str,
+    bias: Sequence[float] | None,
+    renormalise: bool,
+    scale: float,
+) -> None: ...
+def experts(
+    x: _Array,
+    ids: _Array,
+    scores: _Array,
+    gate_up: _Array,
+    down: _Array,
+    out: _Array,
+    *,
+    gate_up_bias: _Array | None,
+    down_bias: _Array | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    layout: str,
+) -> None: ...
+
 # speculation
-def uniform(seed: int, request: int, position: int, purpose: str) -> float: ...
+def uniform(seed: int, request: int, position: int, purpose: _Purpose) -> float: ...
 def speculation_process(logits: _Array, temperature: _Array, top_k: _Array, top_p: _Array, out: _Array) -> None: ...
 def speculation_sample_laws(
-    probabilities: _Array, seed: int, requests: _Array, positions: _Array, purpose: str, tokens: _Array
+    probabilities: _Array, seed: int, requests: _Array, positions: _Array, purpose: _Purpose, tokens: _Array
 ) -> None: ...
 def speculation_sample_logits(
     logits: _Array,
@@ -67,7 +115,7 @@ def speculation_sample_logits(
     seed: int,
     requests: _Array,
     positions: _Array,
-    purpose: str,
+    purpose: _Purpose,
     tokens: _Array,
     laws: _Array | None = None,
 ) -> None: ...

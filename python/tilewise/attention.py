@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 from tilewise import _core
 from tilewise._arrays import broadcast, dtype_name, like, native
@@ -10,7 +10,54 @@ from tilewise.errors import ArgumentError, ShapeError
 
 __all__ = ["attention"]
 
+ArrayT = TypeVar("ArrayT")
 
+
+@overload
+def attention(
+    query: ArrayT,
+    key: Any,
+    value: Any,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    mask: Any = None,
+    sinks: Any = None,
+    block_indices: Any = None,
+    block_size: int | None = None,
+    return_lse: Literal[False] = False,
+) -> ArrayT: ...
+@overload
+def attention(
+    query: ArrayT,
+    key: Any,
+    value: Any,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    mask: Any = None,
+    sinks: Any = None,
+    block_indices: Any = None,
+    block_size: int | None = None,
+    return_lse: Literal[True],
+) -> tuple[ArrayT, Any]: ...
+@overload
+def attention(
+    query: ArrayT,
+    key: Any,
+    value: Any,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    mask: Any = None,
+    sinks: Any = None,
+    block_indices: Any = None,
+    block_size: int | None = None,
+    return_lse: bool,
+) -> ArrayT | tuple[ArrayT, Any]: ...
 def attention(
     query: Any,
     key: Any,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from tilewise import _core
 from tilewise._arrays import like, native
@@ -10,8 +10,10 @@ from tilewise.errors import ShapeError
 
 __all__ = ["matmul"]
 
+ArrayT = TypeVar("ArrayT")
 
-def matmul(a: Any, b: Any, *, rows: Any = None) -> Any:
+
+def matmul(a: ArrayT, b: Any, *, rows: Any = None) -> ArrayT:
     """Product ``a[rows] @ b``, accumulated in float32 (float64 for float64) and rounded once.
 
     Args:

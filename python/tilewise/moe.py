@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any, Literal, TypeVar
 
 from tilewise import _core
-from tilewise._arrays import like, native
+from tilewise._arrays import like, native, to_float64
 from tilewise.errors import ArgumentError, ShapeError
 
 __all__ = ["ACTIVATIONS", "Activation", "Layout", "Scoring", "experts", "route"]
@@ -17,6 +15,8 @@ Layout = Literal["concatenated", "interleaved"]
 Activation = Literal[
     "swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_clamped", "silu", "gelu", "gelu_tanh", "relu", "relu2"
 ]
+
+ArrayT = TypeVar("ArrayT")
 
 #: Whether each activation is gated (its first weight holds gates and ups).
 ACTIVATIONS: dict[str, bool] = {
@@ -76,7 +76,13 @@ def route(
     shape = (source.shape[0], int(top_k))
     ids, ids_result = like(logits, shape, "int32")
     weights, weights_result = like(logits, shape, "float32")
-    values = None if bias is None else np.asarray(native("bias", bias), np.float64).tolist()
+    # Converted here: the bits by which `native` hands over a bfloat16 are no numbers.
+    values = None
+    if bias is not None:
+        native("bias", bias)
+        if bias.ndim != 1:
+            raise ShapeError(f"bias: expected rank 1 [experts], got shape {tuple(bias.shape)}")
+        values = to_float64(bias).tolist()
     _core.route(
         source,
         ids,
@@ -91,7 +97,7 @@ def route(
 
 
 def experts(
-    x: Any,
+    x: ArrayT,
     expert_ids: Any,
     weights: Any,
     gate_up: Any,
@@ -103,7 +109,7 @@ def experts(
     down_bias: Any = None,
     alpha: float = 1.702,
     limit: float = 7.0,
-) -> Any:
+) -> ArrayT:
     """The expert layer: ``out[t] = sum_k weights[t, k] * expert[expert_ids[t, k]](x[t])``.
 
     ``expert(x) = act(x @ gate_up.T + gate_up_bias) @ down.T + down_bias``. Products and sums are accumulated in float32

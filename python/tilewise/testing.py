@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tilewise import _core
-from tilewise._arrays import dtype_name, is_torch
+from tilewise._arrays import dtype_name, to_float64
 from tilewise.errors import ArgumentError
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "normal",
     "poisoned",
     "repeated",
-    "to_float64",
 ]
 
 #: Extents around the edges that kernels have: lanes (4, 8, 16), registers of lanes, tiles, and one.
@@ -204,13 +203,6 @@ def empties(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """
     for axis in range(len(shape)):
         yield (*shape[:axis], 0, *shape[axis + 1 :])
-
-
-def to_float64(array: Any) -> np.ndarray:
-    """The values of an array or a torch tensor of any floating type, exactly, as a float64 array."""
-    if is_torch(array):
-        array = array.detach().cpu().double().numpy()
-    return np.asarray(array).astype(np.float64)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""tilewise inside Hugging Face models.
+"""tilewise inside Hugging Face models::
 
     import tilewise.hf
     tilewise.hf.register()

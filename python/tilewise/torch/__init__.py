@@ -8,6 +8,15 @@ This package is the only place that imports torch.
 
 from __future__ import annotations
 
+from tilewise.errors import MissingExtraError
+
+try:
+    import torch  # noqa: F401  (the message below, before anything else fails)
+except ImportError as error:
+    raise MissingExtraError(
+        f"tilewise.torch needs PyTorch 2.10 or newer ({error}); install it with: pip install 'tilewise[torch]'"
+    ) from error
+
 from tilewise.torch import moe, speculation
 from tilewise.torch.attention import attention
 from tilewise.torch.gemm import matmul

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tilewise.errors import DeviceError
+from tilewise.errors import DeviceError, DtypeError
 
 __all__ = ["define", "refuse_device"]
 
@@ -31,7 +31,10 @@ def refuse_device(**tensors: torch.Tensor | None) -> None:
 
     Raises:
         DeviceError: a tensor that is not on the CPU (fake and meta tensors under tracing are let through).
+        DtypeError: 16-bit unsigned integers, which the core would read as the bits of bfloat16.
     """
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device.type not in ("cpu", "meta"):
             raise DeviceError(f"{name}: expected a tensor on the CPU, got {tensor.device}; use x.cpu()")
+        if tensor is not None and tensor.dtype == torch.uint16:
+            raise DtypeError(f"{name}: expected a floating type, got uint16; use x.view(torch.bfloat16) on bits")

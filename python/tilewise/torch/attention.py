@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 
 from tilewise import _core
@@ -76,6 +78,51 @@ def _fake(
 _attention = define("attention", _SCHEMA, _kernel, _fake)
 
 
+@overload
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    block_indices: torch.Tensor | None = None,
+    block_size: int | None = None,
+    return_lse: Literal[False] = False,
+) -> torch.Tensor: ...
+@overload
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    block_indices: torch.Tensor | None = None,
+    block_size: int | None = None,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    block_indices: torch.Tensor | None = None,
+    block_size: int | None = None,
+    return_lse: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -1,0 +1,551 @@
+"""Every error of tilewise: code that raises it, its class, the built-in that is too, and the words it must say.
+
+One row, one mistake a user makes. A message names the argument, what was passed, and what is allowed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tilewise
+from tilewise import _core, errors
+from tilewise import speculation as spec
+from tilewise.attention import attention
+from tilewise.errors import (
+    ArgumentError,
+    DeviceError,
+    DtypeError,
+    InternalError,
+    MissingExtraError,
+    ModelNotFoundError,
+    ShapeError,
+    TilewiseError,
+    UnsupportedError,
+    VocabularyError,
+)
+from tilewise.gemm import matmul
+from tilewise.moe import experts, route
+from tilewise.testing import force_isa, force_threads, levels, normal
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+import tokenizers  # noqa: E402  (after the check that there is a torch)
+
+import tilewise.torch as twt  # noqa: E402
+from tilewise.hf import models as hf_models  # noqa: E402
+
+A, B = normal((2, 3)), normal((3, 4))
+Q, K = normal((1, 4, 3, 8)), normal((1, 2, 5, 8))
+LOGITS = normal((3, 6))
+X, IDS, WEIGHTS = normal((3, 8)), np.zeros((3, 2), np.int32), np.ones((3, 2), np.float32)
+GATE_UP, DOWN = normal((4, 10, 8)), normal((4, 8, 5))
+
+
+# What `except` of somebody who does not know tilewise would catch.
+BUILTINS: dict[type[Exception], type[Exception]] = {
+    ArgumentError: ValueError,
+    DeviceError: RuntimeError,
+    DtypeError: TypeError,
+    InternalError: RuntimeError,
+    MissingExtraError: ImportError,
+    ModelNotFoundError: FileNotFoundError,
+    ShapeError: ValueError,
+    TypeError: TypeError,
+    UnsupportedError: NotImplementedError,
+    VocabularyError: ValueError,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    call: Callable[[], Any]
+    error: type[Exception]
+    words: tuple[str, ...]
+
+
+class OnGpu:
+    """Something that says it lives on a CUDA device (DLPack device type 2)."""
+
+    dtype, shape, ndim = np.dtype(np.float32), (2, 3), 2
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (2, 0)
+
+    def __dlpack__(self, **_: Any) -> Any:
+        raise AssertionError("must not be asked for its memory")
+
+
+def cuda_capsule() -> Any:
+    """A DLPack capsule of a [1] float32 array on CUDA device 0, for the check in the core itself."""
+
+    class Tensor(ctypes.Structure):
+        _fields_ = (
+            ("data", ctypes.c_void_p),
+            ("device", ctypes.c_int32 * 2),
+            ("rank", ctypes.c_int32),
+            ("dtype", ctypes.c_uint8 * 4),
+            ("shape", ctypes.POINTER(ctypes.c_int64)),
+            ("strides", ctypes.POINTER(ctypes.c_int64)),
+            ("offset", ctypes.c_uint64),
+            ("context", ctypes.c_void_p),
+            ("deleter", ctypes.c_void_p),
+        )
+
+    shape = (ctypes.c_int64 * 2)(1, 1)
+    tensor = Tensor(None, (2, 0), 2, (2, 32, 1, 0), shape, None, 0, None, None)
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    capsule = new(ctypes.addressof(tensor), b"dltensor", None)
+
+    class Exporter:
+        memory = (shape, tensor)
+
+        def __dlpack__(self, **_: Any) -> Any:
+            return capsule
+
+    return Exporter()
+
+
+def in_process(code: str) -> Callable[[], None]:
+    """Runs `code` in a fresh process and raises here what it raised there."""
+
+    def call() -> None:
+        wrapped = f"""
+import json, sys
+try:
+{textwrap.indent(textwrap.dedent(code), "    ")}
+except Exception as error:
+    print(json.dumps([type(error).__name__, str(error)]))
+"""
+        env = {**os.environ, "PYTHONPATH": str(Path(tilewise.__file__).parent.parent)}
+        done = subprocess.run([sys.executable, "-c", wrapped], capture_output=True, text=True, env=env, timeout=120)
+        assert done.returncode == 0 and done.stdout, done.stderr
+        name, message = json.loads(done.stdout)
+        raise getattr(errors, name)(message)
+
+    return call
+
+
+def wrong_level() -> None:
+    with force_isa("sse9"):
+        pass
+
+
+def no_threads() -> None:
+    with force_threads(0):
+        pass
+
+
+def nan_logits() -> np.ndarray:
+    logits = LOGITS.copy()
+    logits[1, 2] = np.nan
+    return logits
+
+
+def read_only_output() -> None:
+    out = np.zeros((2, 4), np.float32)
+    out.flags.writeable = False
+    _core.matmul(A, B, None, out)
+
+
+def model_directory(folder: str, vocabulary: int) -> str:
+    """A model as far as its vocabulary is looked at: a configuration, and a tokenizer if it does not speak bytes."""
+    path = Path(folder) / str(vocabulary)
+    transformers.LlamaConfig(vocab_size=vocabulary).save_pretrained(path)
+    if vocabulary != 256:
+        words = {f"w{index}": index for index in range(vocabulary)}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    return str(path)
+
+
+def foreign_draft() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        hf_models.load_pair(model_directory(folder, 256), model_directory(folder, 300))
+
+
+def empty_directory() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        hf_models.load_pair(folder)
+
+
+def gradient() -> torch.Tensor:
+    return torch.ones(1, 1, 2, 4, requires_grad=True)
+
+
+# A panic is not to be had on purpose; a machine that gives no more threads is.
+NO_THREADS_LEFT = """
+import resource
+import numpy as np
+from tilewise import _core
+from tilewise.gemm import matmul
+big = np.ones((500, 500), np.float32)
+_core.set_num_threads(1)
+matmul(big, big)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+_core.set_num_threads(300)
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), used + (64 << 20)))
+matmul(big, big)
+"""
+NO_TORCH = """
+import sys
+sys.modules["torch"] = None
+import tilewise.torch
+"""
+NO_TRANSFORMERS = """
+import sys
+sys.modules["transformers"] = None
+import tilewise.hf
+tilewise.hf.register()
+"""
+
+SHAPES = [
+    Row("matmul: rank", lambda: matmul(A[0], B), ShapeError, ("a:", "rank 2", "(3,)")),
+    Row("matmul: depths", lambda: matmul(A, B.T), ShapeError, ("b:", "[3, columns]", "(4, 3)")),
+    Row("matmul: rank of rows", lambda: matmul(A, B, rows=IDS), ShapeError, ("rows:", "rank 1", "(3, 2)")),
+    Row("attention: rank", lambda: attention(Q[0], K, K), ShapeError, ("query:", "rank 4", "(4, 3, 8)")),
+    Row(
+        "attention: heads",
+        lambda: attention(Q[:, :3], K, K),
+        ShapeError,
+        ("key:", "heads that divides query's 3", "(1, 2, 5, 8)"),
+    ),
+    Row(
+        "attention: widths",
+        lambda: attention(Q, K[..., :4], K),
+        ShapeError,
+        ("key:", "match query", "5, 4"),
+    ),
+    Row("attention: lengths", lambda: attention(Q, K, K[:, :, :4]), ShapeError, ("value:", "match key")),
+    Row(
+        "attention: batches",
+        lambda: attention(Q, np.repeat(K, 2, 0), np.repeat(K, 2, 0)),
+        ShapeError,
+        ("key:", "[1, heads, keys, 8]", "(2, 2, 5, 8)"),
+    ),
+    Row(
+        "attention: head dimension too large",
+        lambda: attention(*[normal((1, 1, 1, 513))] * 3),
+        ShapeError,
+        ("query:", "1..=512", "513"),
+    ),
+    Row(
+        "attention: head dimension of nothing",
+        lambda: attention(*[normal((1, 1, 1, 0))] * 3),
+        ShapeError,
+        ("query:", "1..=512", "(1, 1, 1, 0)"),
+    ),
+    Row(
+        "attention: mask",
+        lambda: attention(Q, K, K, mask=np.ones((2, 2), bool)),
+        ShapeError,
+        ("mask:", "[1, 4, 3, 5]", "(2, 2)"),
+    ),
+    Row("attention: sinks", lambda: attention(Q, K, K, sinks=np.ones(3)), ShapeError, ("sinks:", "[4]")),
+    Row(
+        "attention: heads of blocks",
+        lambda: attention(Q, K, K, block_indices=np.zeros((1, 3, 3, 1), np.int32), block_size=2),
+        ShapeError,
+        ("block_indices:", "(1, 3, 3, 1)"),
+    ),
+    Row("route: rank", lambda: route(LOGITS[0], 2), ShapeError, ("logits:", "rank 2", "(6,)")),
+    Row(
+        "route: bias",
+        lambda: route(LOGITS, 2, scoring="sigmoid", bias=np.ones(5)),
+        ShapeError,
+        ("bias:", "[6]", "5"),
+    ),
+    Row(
+        "experts: rank",
+        lambda: experts(X[None], IDS, WEIGHTS, GATE_UP, DOWN),
+        ShapeError,
+        ("x:", "rank 2", "flatten"),
+    ),
+    Row(
+        "experts: width of gate_up",
+        lambda: experts(X, IDS, WEIGHTS, GATE_UP[..., :7], DOWN),
+        ShapeError,
+        ("gate_up:", "features, 8]", "(4, 10, 7)"),
+    ),
+    Row(
+        "experts: a gate without its up",
+        lambda: experts(X, IDS, WEIGHTS, GATE_UP[:, :9], DOWN),
+        ShapeError,
+        ("gate_up:", "even", "(4, 9, 8)"),
+    ),
+    Row(
+        "experts: down",
+        lambda: experts(X, IDS, WEIGHTS, GATE_UP, GATE_UP),
+        ShapeError,
+        ("down:", "[4, 8, 5]", "(4, 10, 8)"),
+    ),
+    Row(
+        "experts: tokens of expert_ids",
+        lambda: experts(X, IDS[:2], WEIGHTS[:2], GATE_UP, DOWN),
+        ShapeError,
+        ("expert_ids:", "[3, slots]", "(2, 2)"),
+    ),
+    Row(
+        "experts: weights",
+        lambda: experts(X, IDS, WEIGHTS[:, :1], GATE_UP, DOWN),
+        ShapeError,
+        ("weights:", "[3, 2]", "(3, 1)"),
+    ),
+    Row(
+        "experts: biases",
+        lambda: experts(X, IDS, WEIGHTS, GATE_UP, DOWN, down_bias=normal((4, 7))),
+        ShapeError,
+        ("down_bias:", "[4, 8]", "(4, 7)"),
+    ),
+    Row("process: rank", lambda: spec.process(np.ones(())), ShapeError, ("logits:", "[B, V]", "()")),
+    Row(
+        "process: settings per row",
+        lambda: spec.process(LOGITS, temperature=np.ones(2)),
+        ShapeError,
+        ("temperature:", "[B = 3]", "(2,)"),
+    ),
+    Row("torch attention: rank", lambda: twt.attention(*[torch.ones(2, 3)] * 3), ShapeError, ("rank 4",)),
+]
+
+DTYPES = [
+    Row("int8", lambda: matmul(A.astype(np.int8), B), DtypeError, ("a:", "float32", "int8")),
+    Row("complex64", lambda: matmul(A.astype(np.complex64), B), DtypeError, ("a:", "bfloat16", "complex64")),
+    Row("uint16 is not bfloat16", lambda: matmul(A.astype(np.uint16), B), DtypeError, ("a:", "got uint16")),
+    Row("objects", lambda: matmul(A.astype(object), B), DtypeError, ("a:", "object")),
+    Row("long double", lambda: matmul(A.astype(np.longdouble), B), DtypeError, ("a:", "got")),
+    Row("foreign byte order", lambda: matmul(A.astype(">f4"), B), DtypeError, ("a:", "native", ">f4")),
+    Row(
+        "float8",
+        lambda: matmul(torch.ones(2, 3).to(torch.float8_e4m3fn), torch.ones(3, 2)),
+        DtypeError,
+        ("a:", "float8_e4m3fn", "bfloat16"),
+    ),
+    Row(
+        "float8 by DLPack",
+        lambda: _core.matmul(torch.ones(2, 3).to(torch.float8_e4m3fn), B, None, A),
+        DtypeError,
+        ("a:", "8-bit floating format"),
+    ),
+    Row("mixed", lambda: matmul(A, B.astype(np.float64)), DtypeError, ("b:", "float32, as a", "float64")),
+    Row("integers", lambda: matmul(IDS, IDS.T), DtypeError, ("a:", "float16", "int32")),
+    Row(
+        "attention: mixed",
+        lambda: attention(Q, K.astype(np.float16), K),
+        DtypeError,
+        ("key:", "float32, as query", "float16"),
+    ),
+    Row(
+        "attention: additive mask",
+        lambda: attention(Q, K, K, mask=np.zeros((3, 5), np.float32)),
+        DtypeError,
+        ("mask:", "bool", "m == 0"),
+    ),
+    Row(
+        "attention: integer sinks",
+        lambda: attention(Q, K, K, sinks=np.ones(4, np.int32)),
+        DtypeError,
+        ("sinks:", "floating", "int32"),
+    ),
+    Row(
+        "attention: floating blocks",
+        lambda: attention(Q, K, K, block_indices=np.zeros((1, 1, 3, 1)), block_size=2),
+        DtypeError,
+        ("block_indices:", "int32 or int64", "float64"),
+    ),
+    Row("matmul: rows", lambda: matmul(A, B, rows=np.ones(2)), DtypeError, ("rows:", "int64", "float64")),
+    Row("route: integers", lambda: route(IDS, 1), DtypeError, ("logits:", "float32", "int32")),
+    Row(
+        "experts: floating ids",
+        lambda: experts(X, WEIGHTS, WEIGHTS, GATE_UP, DOWN),
+        DtypeError,
+        ("expert_ids:", "int32 or int64", "float32"),
+    ),
+    Row(
+        "experts: mixed",
+        lambda: experts(X, IDS, WEIGHTS, GATE_UP.astype(np.float16), DOWN),
+        DtypeError,
+        ("gate_up:", "float32, as x", "float16"),
+    ),
+    Row(
+        "torch: uint16",
+        lambda: twt.matmul(torch.ones(2, 2).to(torch.uint16), torch.ones(2, 2)),
+        DtypeError,
+        ("a:", "uint16", "bfloat16"),
+    ),
+    Row(
+        "seed",
+        lambda: spec.sample(LOGITS, seed=1.5, requests=np.arange(3), positions=0),  # type: ignore[arg-type]
+        DtypeError,
+        ("seed:", "integer", "float"),
+    ),
+]
+
+VALUES = [
+    Row("matmul: negative row", lambda: matmul(A, B, rows=np.array([-1])), ArgumentError, ("0..2", "-1")),
+    Row("matmul: large row", lambda: matmul(A, B, rows=np.array([0, 2])), ArgumentError, ("position 1",)),
+    Row("scale", lambda: attention(Q, K, K, scale=np.inf), ArgumentError, ("scale:", "finite", "inf")),
+    Row("window", lambda: attention(Q, K, K, window=(-2, 0)), ArgumentError, ("window:", "-1", "(-2, 0)")),
+    Row(
+        "window: one number",
+        lambda: attention(Q, K, K, window=4),  # type: ignore[arg-type]
+        ArgumentError,
+        ("window:", "(left, right)", "4"),
+    ),
+    Row(
+        "blocks without a size",
+        lambda: attention(Q, K, K, block_indices=np.zeros((1, 1, 3, 1), np.int32)),
+        ArgumentError,
+        ("block_indices", "block_size", "both"),
+    ),
+    Row(
+        "blocks of negative size",
+        lambda: attention(Q, K, K, block_indices=np.zeros((1, 1, 3, 1), np.int32), block_size=-4),
+        ArgumentError,
+        ("block_size:", "at least 1", "-4"),
+    ),
+    Row(
+        "a block outside the keys",
+        lambda: attention(Q, K, K, block_indices=np.full((1, 1, 3, 1), 7, np.int32), block_size=2),
+        ArgumentError,
+        ("block_indices:", "below 3", "got 7", "[0, 0, 0, 0]"),
+    ),
+    Row("top_k of nothing", lambda: route(LOGITS, 0), ArgumentError, ("top_k:", "1..=6", "got 0")),
+    Row("negative top_k", lambda: route(LOGITS, -1), ArgumentError, ("top_k:", "1..=6", "got -1")),
+    Row("top_k too large", lambda: route(LOGITS, 7), ArgumentError, ("top_k:", "experts", "got 7")),
+    Row("NaN logits", lambda: route(nan_logits(), 2), ArgumentError, ("logits:", "token 1, expert 2")),
+    Row(
+        "scoring",
+        lambda: route(LOGITS, 2, scoring="argmax"),  # type: ignore[arg-type]
+        ArgumentError,
+        ("scoring:", "softmax_topk", "'argmax'"),
+    ),
+    Row(
+        "a bias with a softmax",
+        lambda: route(LOGITS, 2, bias=np.ones(6)),
+        ArgumentError,
+        ("bias:", "sigmoid", "softmax"),
+    ),
+    Row(
+        "activation",
+        lambda: experts(X, IDS, WEIGHTS, GATE_UP, DOWN, activation="mish"),  # type: ignore[arg-type]
+        ArgumentError,
+        ("activation:", "swiglu", "relu2", "'mish'"),
+    ),
+    Row(
+        "layout",
+        lambda: experts(X, IDS, WEIGHTS, GATE_UP, DOWN, layout="rows"),  # type: ignore[arg-type]
+        ArgumentError,
+        ("layout:", "interleaved", "'rows'"),
+    ),
+    Row("sparse tensors", lambda: matmul(torch.eye(2).to_sparse(), B), ArgumentError, ("a:", "dense")),
+    Row("read-only output", read_only_output, ArgumentError, ("out:", "writable", "read-only")),
+    Row("instruction set", wrong_level, ArgumentError, ("TILEWISE_CPU_ISA", "'sse9'", *levels())),
+    Row("threads", no_threads, ArgumentError, ("count:", "at least 1", "got 0")),
+    Row(
+        "temperature",
+        lambda: spec.process(LOGITS, temperature=-1),
+        ArgumentError,
+        ("temperature[0]", ">= 0", "-1"),
+    ),
+    Row("top_k", lambda: spec.process(LOGITS, top_k=-1), ArgumentError, ("top_k[0]", ">= 0", "-1")),
+    Row("top_p", lambda: spec.process(LOGITS, top_p=1.5), ArgumentError, ("top_p[0]", "(0, 1]", "1.5")),
+    Row("NaN scores", lambda: spec.process(nan_logits()), ArgumentError, ("logits[1, 0]", "NaN at token 2")),
+    Row(
+        "all tokens masked",
+        lambda: spec.process(np.full((1, 4), -np.inf)),
+        ArgumentError,
+        ("logits[0, 0]", "above -inf"),
+    ),
+    Row(
+        "negative seed",
+        lambda: spec.sample(LOGITS, seed=-1, requests=np.arange(3), positions=0),
+        ArgumentError,
+        ("seed:", "[0, 2^63)", "-1"),
+    ),
+    Row(
+        "one name for several rows",
+        lambda: spec.sample(LOGITS, seed=1, requests=0, positions=0),
+        ArgumentError,
+        ("requests:", "[B = 3]", "same numbers"),
+    ),
+]
+
+OTHERS = [
+    Row("a GPU array", lambda: matmul(OnGpu(), B), DeviceError, ("a:", "CPU", "OnGpu", "(2, 0)")),
+    Row(
+        "a GPU capsule in the core",
+        lambda: _core.matmul(cuda_capsule(), B, None, A),
+        DeviceError,
+        ("a:", "CPU", "device type 2"),
+    ),
+    Row(
+        "a meta tensor",
+        lambda: matmul(torch.ones(2, 3, device="meta"), B),
+        DeviceError,
+        ("a:", "CPU", "meta", "x.cpu()"),
+    ),
+    Row("a gradient", lambda: twt.attention(*[gradient()] * 3), UnsupportedError, ("no_grad",)),
+    Row("a list", lambda: matmul([[1.0]], B), TypeError, ("a:", "array", "list")),
+    Row("None", lambda: attention(None, K, K), TypeError, ("query:", "array", "NoneType")),
+    Row("without torch", in_process(NO_TORCH), MissingExtraError, ("pip install 'tilewise[torch]'",)),
+    Row(
+        "without transformers",
+        in_process(NO_TRANSFORMERS),
+        MissingExtraError,
+        ("pip install 'tilewise[hf]'",),
+    ),
+    Row(
+        "no such model",
+        lambda: hf_models.load_pair("/no/such/model"),
+        ModelNotFoundError,
+        ("target", "'/no/such/model'", "does not exist"),
+    ),
+    Row("no model in it", empty_directory, ModelNotFoundError, ("config.json", "directory")),
+    Row("another vocabulary", foreign_draft, VocabularyError, ("300 tokens", "256", "same model family")),
+]
+if sys.platform == "linux":
+    OTHERS.append(Row("no threads left", in_process(NO_THREADS_LEFT), InternalError, ("300 threads", "report")))
+
+ROWS = SHAPES + DTYPES + VALUES + OTHERS
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_error(row: Row) -> None:
+    with pytest.raises(row.error) as caught:
+        row.call()
+    assert type(caught.value) is row.error
+    assert isinstance(caught.value, BUILTINS[row.error])
+    for word in row.words:
+        assert word in str(caught.value), f"{word!r} is not in {str(caught.value)!r}"
+
+
+def test_every_class_has_a_row() -> None:
+    covered = {row.error.__name__ for row in ROWS} | {"TilewiseError"}
+    missing = set(errors.__all__) - covered
+    assert sys.platform != "linux" or not missing, f"no row raises {sorted(missing)}"
+
+
+@pytest.mark.parametrize("name", errors.__all__)
+def test_every_class_is_a_tilewise_error_and_a_builtin(name: str) -> None:
+    kind = getattr(errors, name)
+    assert issubclass(kind, TilewiseError) and kind.__doc__
+    assert kind is TilewiseError or issubclass(kind, BUILTINS[kind])
+
+
+def test_no_class_is_forgotten_in_all() -> None:
+    found = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert found == set(errors.__all__)
