@@ -93,7 +93,9 @@ impl fmt::Display for Error {
             Error::Dtype { name, allowed, got, hint } => {
                 (format!("{name}: expected dtype {allowed}, got {got}"), hint.as_str())
             }
-            Error::Value { name, allowed, got, hint } => (format!("{name}: expected {allowed}, got {got}"), hint.as_str()),
+            Error::Value { name, allowed, got, hint } => {
+                (format!("{name}: expected {allowed}, got {got}"), hint.as_str())
+            }
             Error::Device { name, allowed, got } => (format!("{name}: expected an array on {allowed}, got {got}"), ""),
             Error::Interrupted => ("interrupted".to_string(), ""),
             Error::Internal(what) => (format!("internal error in tilewise (please report it): {what}"), ""),

@@ -107,7 +107,12 @@ pub fn with_interrupt<R>(check: Check, work: impl FnOnce() -> R) -> R {
 ///
 /// # Errors
 /// [`Error::Interrupted`] if the interrupt check of [`with_interrupt`] asked to stop.
-pub fn for_each<S>(tasks: usize, serial: bool, scratch: impl Fn() -> S + Sync, body: impl Fn(usize, &mut S) + Sync) -> Result<()> {
+pub fn for_each<S>(
+    tasks: usize,
+    serial: bool,
+    scratch: impl Fn() -> S + Sync,
+    body: impl Fn(usize, &mut S) + Sync,
+) -> Result<()> {
     let count = threads().min(tasks);
     if count <= 1 || serial {
         let mut local = scratch();
@@ -162,7 +167,15 @@ mod tests {
     #[test]
     fn every_task_runs_once() {
         let sum = AtomicU64::new(0);
-        for_each(1000, false, || (), |task, ()| { sum.fetch_add(task as u64, Ordering::Relaxed); }).unwrap();
+        for_each(
+            1000,
+            false,
+            || (),
+            |task, ()| {
+                sum.fetch_add(task as u64, Ordering::Relaxed);
+            },
+        )
+        .unwrap();
         assert_eq!(sum.into_inner(), 499_500);
     }
 
@@ -170,10 +183,15 @@ mod tests {
     fn an_interrupt_stops_between_tasks() {
         let done = AtomicU64::new(0);
         let result = with_interrupt(Box::new(|| true), || {
-            for_each(1000, false, || (), |_, ()| {
-                done.fetch_add(1, Ordering::Relaxed);
-                std::thread::sleep(Duration::from_millis(5));
-            })
+            for_each(
+                1000,
+                false,
+                || (),
+                |_, ()| {
+                    done.fetch_add(1, Ordering::Relaxed);
+                    std::thread::sleep(Duration::from_millis(5));
+                },
+            )
         });
         assert_eq!(result, Err(Error::Interrupted));
         assert!(done.into_inner() < 1000);

@@ -36,7 +36,12 @@ impl<'a> Array<'a> {
     ///
     /// # Errors
     /// A pointer that is not aligned to its element is refused.
-    pub unsafe fn from_raw_parts(data: *const u8, dtype: Dtype, shape: Vec<usize>, strides: Vec<isize>) -> Result<Self> {
+    pub unsafe fn from_raw_parts(
+        data: *const u8,
+        dtype: Dtype,
+        shape: Vec<usize>,
+        strides: Vec<isize>,
+    ) -> Result<Self> {
         assert_eq!(shape.len(), strides.len());
         check_alignment(data, dtype, &shape)?;
         Ok(Self { data, dtype, shape, strides, marker: PhantomData })
@@ -55,10 +60,21 @@ impl<'a> Array<'a> {
     ///
     /// # Errors
     /// Indices that would leave the slice are refused.
-    pub fn from_slice_strided<T: Element>(data: &'a [T], offset: usize, shape: &[usize], strides: &[isize]) -> Result<Self> {
+    pub fn from_slice_strided<T: Element>(
+        data: &'a [T],
+        offset: usize,
+        shape: &[usize],
+        strides: &[isize],
+    ) -> Result<Self> {
         check_bounds(data.len(), offset, shape, strides)?;
         let pointer = if shape.contains(&0) { data.as_ptr() } else { &raw const data[offset] };
-        Ok(Self { data: pointer.cast(), dtype: T::DTYPE, shape: shape.to_vec(), strides: strides.to_vec(), marker: PhantomData })
+        Ok(Self {
+            data: pointer.cast(),
+            dtype: T::DTYPE,
+            shape: shape.to_vec(),
+            strides: strides.to_vec(),
+            marker: PhantomData,
+        })
     }
 
     /// Element type.
@@ -106,7 +122,14 @@ impl<'a> Array<'a> {
         let (rows, cols) = (self.shape[rank - 2], self.shape[rank - 1]);
         let empty = rows == 0 || cols == 0;
         let pointer = if empty { std::ptr::NonNull::<T>::dangling().as_ptr() } else { self.address(lead) };
-        Matrix { data: pointer, rows, cols, row_stride: self.strides[rank - 2], col_stride: self.strides[rank - 1], marker: PhantomData }
+        Matrix {
+            data: pointer,
+            rows,
+            cols,
+            row_stride: self.strides[rank - 2],
+            col_stride: self.strides[rank - 1],
+            marker: PhantomData,
+        }
     }
 
     /// The last axis at one index of the leading ones, as a matrix of one row.
@@ -234,7 +257,8 @@ impl<'a, T: Copy> Matrix<'a, T> {
         let mut data = self.data;
         if !rows.is_empty() && !cols.is_empty() {
             // SAFETY: (rows.start, cols.start) is an element of this matrix.
-            data = unsafe { data.offset(rows.start as isize * self.row_stride + cols.start as isize * self.col_stride) };
+            data =
+                unsafe { data.offset(rows.start as isize * self.row_stride + cols.start as isize * self.col_stride) };
         }
         Self { data, rows: rows.len(), cols: cols.len(), ..*self }
     }
@@ -260,10 +284,21 @@ impl<'a> Matrix<'a, half::bf16> {
     /// columns, an even number of them, and rows that start on a multiple of four bytes.
     pub fn pairs(&self) -> Option<Matrix<'a, u32>> {
         let aligned = (self.data as usize).is_multiple_of(4) && (self.row_stride % 2 == 0 || self.rows <= 1);
-        if !aligned || !self.cols.is_multiple_of(2) || (self.col_stride != 1 && self.cols > 0) || cfg!(target_endian = "big") {
+        if !aligned
+            || !self.cols.is_multiple_of(2)
+            || (self.col_stride != 1 && self.cols > 0)
+            || cfg!(target_endian = "big")
+        {
             return None;
         }
-        Some(Matrix { data: self.data.cast(), rows: self.rows, cols: self.cols / 2, row_stride: self.row_stride / 2, col_stride: 1, marker: PhantomData })
+        Some(Matrix {
+            data: self.data.cast(),
+            rows: self.rows,
+            cols: self.cols / 2,
+            row_stride: self.row_stride / 2,
+            col_stride: 1,
+            marker: PhantomData,
+        })
     }
 }
 
@@ -308,7 +343,13 @@ impl<'a> ArrayMut<'a> {
     pub fn from_slice<T: Element>(data: &'a mut [T], shape: &[usize]) -> Result<Self> {
         let strides = row_major(shape);
         check_bounds(data.len(), 0, shape, &strides)?;
-        Ok(Self { data: data.as_mut_ptr().cast(), dtype: T::DTYPE, shape: shape.to_vec(), strides, marker: PhantomData })
+        Ok(Self {
+            data: data.as_mut_ptr().cast(),
+            dtype: T::DTYPE,
+            shape: shape.to_vec(),
+            strides,
+            marker: PhantomData,
+        })
     }
 
     /// Element type.
@@ -342,7 +383,16 @@ impl<'a> ArrayMut<'a> {
         let per_row = width.div_ceil(length).max(1);
         let count = self.shape[..lead].iter().product::<usize>() * per_row;
         let claimed = (0..count).map(|_| AtomicBool::new(false)).collect();
-        Rows { data: self.data.cast(), shape: self.shape[..lead].to_vec(), strides: self.strides[..lead].to_vec(), width, length, per_row, claimed, marker: PhantomData }
+        Rows {
+            data: self.data.cast(),
+            shape: self.shape[..lead].to_vec(),
+            strides: self.strides[..lead].to_vec(),
+            width,
+            length,
+            per_row,
+            claimed,
+            marker: PhantomData,
+        }
     }
 }
 
@@ -415,8 +465,12 @@ fn check_alignment(data: *const u8, dtype: Dtype, shape: &[usize]) -> Result<()>
     if shape.contains(&0) || (data as usize).is_multiple_of(dtype.bytes()) {
         return Ok(());
     }
-    Err(Error::value("array", format!("memory aligned to {} bytes for {dtype}", dtype.bytes()), format!("address {data:p}"))
-        .hint("pass a copy (numpy: x.copy(), torch: x.clone())"))
+    Err(Error::value(
+        "array",
+        format!("memory aligned to {} bytes for {dtype}", dtype.bytes()),
+        format!("address {data:p}"),
+    )
+    .hint("pass a copy (numpy: x.copy(), torch: x.clone())"))
 }
 
 fn check_bounds(len: usize, offset: usize, shape: &[usize], strides: &[isize]) -> Result<()> {

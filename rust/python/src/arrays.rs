@@ -65,7 +65,9 @@ pub fn hold<'py>(name: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Hel
     let py = object.py();
     let export = object.getattr(intern!(py, "__dlpack__")).map_err(|_| {
         let kind = object.get_type().name().map_or_else(|_| "an object".into(), |n| n.to_string());
-        PyTypeError::new_err(format!("{name}: expected an array (NumPy, torch, or anything with __dlpack__), got {kind}"))
+        PyTypeError::new_err(format!(
+            "{name}: expected an array (NumPy, torch, or anything with __dlpack__), got {kind}"
+        ))
     })?;
     let keywords = PyDict::new(py);
     keywords.set_item(intern!(py, "max_version"), (1, 0))?;
@@ -121,7 +123,10 @@ impl Held<'_> {
         }
         let (data, dtype, shape, strides) = self.parts()?;
         if shape.iter().zip(&strides).any(|(&extent, &stride)| extent > 1 && stride == 0) {
-            return Err(to_python(py, &Error::value(self.name, "an output without overlapping rows", "an expanded array")));
+            return Err(to_python(
+                py,
+                &Error::value(self.name, "an output without overlapping rows", "an expanded array"),
+            ));
         }
         // SAFETY: as in `array`; outputs are allocated by our own front ends, distinct from every input.
         unsafe { ArrayMut::from_raw_parts(data, dtype, shape, strides) }.map_err(|e| to_python(py, &e))

@@ -9,9 +9,20 @@ use tilewise_core::attention::problem::{Problem, Rules};
 #[pyfunction]
 #[pyo3(signature = (query, key, value, out, lse, *, scale, causal, left, right, mask, sinks, block_indices, block_size))]
 fn attention(
-    py: Python<'_>, query: &Bound<'_, PyAny>, key: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>,
-    lse: &Bound<'_, PyAny>, scale: f64, causal: bool, left: Option<usize>, right: Option<usize>,
-    mask: Option<&Bound<'_, PyAny>>, sinks: Option<&Bound<'_, PyAny>>, block_indices: Option<&Bound<'_, PyAny>>, block_size: usize,
+    py: Python<'_>,
+    query: &Bound<'_, PyAny>,
+    key: &Bound<'_, PyAny>,
+    value: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    lse: &Bound<'_, PyAny>,
+    scale: f64,
+    causal: bool,
+    left: Option<usize>,
+    right: Option<usize>,
+    mask: Option<&Bound<'_, PyAny>>,
+    sinks: Option<&Bound<'_, PyAny>>,
+    block_indices: Option<&Bound<'_, PyAny>>,
+    block_size: usize,
 ) -> PyResult<()> {
     let (query, key, value) = (hold("query", query)?, hold("key", key)?, hold("value", value)?);
     let (mut out, mut lse) = (hold("out", out)?, hold("lse", lse)?);

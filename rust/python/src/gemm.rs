@@ -9,7 +9,13 @@ use tilewise_core::view::Array;
 
 /// `out = a[rows] @ b`.
 #[pyfunction]
-fn matmul(py: Python<'_>, a: &Bound<'_, PyAny>, b: &Bound<'_, PyAny>, rows: Option<&Bound<'_, PyAny>>, out: &Bound<'_, PyAny>) -> PyResult<()> {
+fn matmul(
+    py: Python<'_>,
+    a: &Bound<'_, PyAny>,
+    b: &Bound<'_, PyAny>,
+    rows: Option<&Bound<'_, PyAny>>,
+    out: &Bound<'_, PyAny>,
+) -> PyResult<()> {
     let (a, b, rows, mut out) = (hold("a", a)?, hold("b", b)?, hold_optional("rows", rows)?, hold("out", out)?);
     let (a, b, out) = (a.array()?, b.array()?, out.array_mut()?);
     let rows = rows.as_ref().map(|rows| rows.array()).transpose()?;

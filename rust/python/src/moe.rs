@@ -12,8 +12,15 @@ use tilewise_core::moe::route::{Router, Scoring};
 #[pyfunction]
 #[pyo3(signature = (logits, ids, weights, *, top_k, scoring, bias, renormalise, scale))]
 fn route(
-    py: Python<'_>, logits: &Bound<'_, PyAny>, ids: &Bound<'_, PyAny>, weights: &Bound<'_, PyAny>, top_k: usize,
-    scoring: &str, bias: Option<Vec<f64>>, renormalise: bool, scale: f64,
+    py: Python<'_>,
+    logits: &Bound<'_, PyAny>,
+    ids: &Bound<'_, PyAny>,
+    weights: &Bound<'_, PyAny>,
+    top_k: usize,
+    scoring: &str,
+    bias: Option<Vec<f64>>,
+    renormalise: bool,
+    scale: f64,
 ) -> PyResult<()> {
     let scoring = match scoring {
         "softmax_topk" => Scoring::SoftmaxTopk,
@@ -32,9 +39,19 @@ fn route(
 #[pyfunction]
 #[pyo3(signature = (x, ids, scores, gate_up, down, out, *, gate_up_bias, down_bias, activation, alpha, limit, layout))]
 fn experts(
-    py: Python<'_>, x: &Bound<'_, PyAny>, ids: &Bound<'_, PyAny>, scores: &Bound<'_, PyAny>, gate_up: &Bound<'_, PyAny>,
-    down: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>, gate_up_bias: Option<&Bound<'_, PyAny>>,
-    down_bias: Option<&Bound<'_, PyAny>>, activation: &str, alpha: f64, limit: f64, layout: &str,
+    py: Python<'_>,
+    x: &Bound<'_, PyAny>,
+    ids: &Bound<'_, PyAny>,
+    scores: &Bound<'_, PyAny>,
+    gate_up: &Bound<'_, PyAny>,
+    down: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    gate_up_bias: Option<&Bound<'_, PyAny>>,
+    down_bias: Option<&Bound<'_, PyAny>>,
+    activation: &str,
+    alpha: f64,
+    limit: f64,
+    layout: &str,
 ) -> PyResult<()> {
     let activation = match activation {
         "swiglu" => Activation::Swiglu,

@@ -67,62 +67,96 @@ macro_rules! avx2 {
     };
 }
 
-avx2!(F32x8, f32, 8, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_set1_ps, _mm256_add_ps, _mm256_sub_ps, _mm256_mul_ps,
-    _mm256_div_ps, _mm256_max_ps, _mm256_min_ps, _mm256_fmadd_ps, _mm256_floor_ps, _mm256_cmp_ps, _mm256_blendv_ps,
-    _mm256_movemask_ps, {
-    #[inline(always)]
-    unsafe fn exp2_integer_times(self, factor: Self) -> Self {
-        // The exponent is added to the factor's bits. Below -127 nothing is left: -127 turns the factor 1 into
-        // exactly 0, which is what -inf must give; subnormal results are not built. NaN lanes keep the NaN of
-        // the factor (cvtps of NaN is 0x80000000, whose shift by 23 is 0).
-        unsafe {
-            let n = _mm256_max_ps(_mm256_set1_ps(-127.0), self.0);
-            let bits = _mm256_slli_epi32::<23>(_mm256_cvtps_epi32(n));
-            let scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(factor.0), bits));
-            let tiny = _mm256_cmp_ps::<_CMP_LT_OQ>(self.0, _mm256_set1_ps(-126.0));
-            Self(_mm256_andnot_ps(tiny, scaled))
-        }
-    }
-    #[inline(always)]
-    unsafe fn transpose(rows: &mut [Self; 16]) {
-        unsafe {
-            let mut t = [_mm256_setzero_ps(); 8];
-            for i in 0..4 {
-                t[2 * i] = _mm256_unpacklo_ps(rows[2 * i].0, rows[2 * i + 1].0);
-                t[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i].0, rows[2 * i + 1].0);
-            }
-            let mut u = [_mm256_setzero_ps(); 8];
-            for i in 0..2 {
-                u[4 * i] = _mm256_shuffle_ps::<0x44>(t[4 * i], t[4 * i + 2]);
-                u[4 * i + 1] = _mm256_shuffle_ps::<0xee>(t[4 * i], t[4 * i + 2]);
-                u[4 * i + 2] = _mm256_shuffle_ps::<0x44>(t[4 * i + 1], t[4 * i + 3]);
-                u[4 * i + 3] = _mm256_shuffle_ps::<0xee>(t[4 * i + 1], t[4 * i + 3]);
-            }
-            for i in 0..4 {
-                rows[i].0 = _mm256_permute2f128_ps::<0x20>(u[i], u[i + 4]);
-                rows[i + 4].0 = _mm256_permute2f128_ps::<0x31>(u[i], u[i + 4]);
+avx2!(
+    F32x8,
+    f32,
+    8,
+    _mm256_loadu_ps,
+    _mm256_storeu_ps,
+    _mm256_set1_ps,
+    _mm256_add_ps,
+    _mm256_sub_ps,
+    _mm256_mul_ps,
+    _mm256_div_ps,
+    _mm256_max_ps,
+    _mm256_min_ps,
+    _mm256_fmadd_ps,
+    _mm256_floor_ps,
+    _mm256_cmp_ps,
+    _mm256_blendv_ps,
+    _mm256_movemask_ps,
+    {
+        #[inline(always)]
+        unsafe fn exp2_integer_times(self, factor: Self) -> Self {
+            // The exponent is added to the factor's bits. Below -127 nothing is left: -127 turns the factor 1 into
+            // exactly 0, which is what -inf must give; subnormal results are not built. NaN lanes keep the NaN of
+            // the factor (cvtps of NaN is 0x80000000, whose shift by 23 is 0).
+            unsafe {
+                let n = _mm256_max_ps(_mm256_set1_ps(-127.0), self.0);
+                let bits = _mm256_slli_epi32::<23>(_mm256_cvtps_epi32(n));
+                let scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(factor.0), bits));
+                let tiny = _mm256_cmp_ps::<_CMP_LT_OQ>(self.0, _mm256_set1_ps(-126.0));
+                Self(_mm256_andnot_ps(tiny, scaled))
             }
         }
+        #[inline(always)]
+        unsafe fn transpose(rows: &mut [Self; 16]) {
+            unsafe {
+                let mut t = [_mm256_setzero_ps(); 8];
+                for i in 0..4 {
+                    t[2 * i] = _mm256_unpacklo_ps(rows[2 * i].0, rows[2 * i + 1].0);
+                    t[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i].0, rows[2 * i + 1].0);
+                }
+                let mut u = [_mm256_setzero_ps(); 8];
+                for i in 0..2 {
+                    u[4 * i] = _mm256_shuffle_ps::<0x44>(t[4 * i], t[4 * i + 2]);
+                    u[4 * i + 1] = _mm256_shuffle_ps::<0xee>(t[4 * i], t[4 * i + 2]);
+                    u[4 * i + 2] = _mm256_shuffle_ps::<0x44>(t[4 * i + 1], t[4 * i + 3]);
+                    u[4 * i + 3] = _mm256_shuffle_ps::<0xee>(t[4 * i + 1], t[4 * i + 3]);
+                }
+                for i in 0..4 {
+                    rows[i].0 = _mm256_permute2f128_ps::<0x20>(u[i], u[i + 4]);
+                    rows[i + 4].0 = _mm256_permute2f128_ps::<0x31>(u[i], u[i + 4]);
+                }
+            }
+        }
     }
-});
+);
 
-avx2!(F64x4, f64, 4, _mm256_loadu_pd, _mm256_storeu_pd, _mm256_set1_pd, _mm256_add_pd, _mm256_sub_pd, _mm256_mul_pd,
-    _mm256_div_pd, _mm256_max_pd, _mm256_min_pd, _mm256_fmadd_pd, _mm256_floor_pd, _mm256_cmp_pd, _mm256_blendv_pd,
-    _mm256_movemask_pd, {
-    #[inline(always)]
-    unsafe fn exp2_integer_times(self, factor: Self) -> Self {
-        unsafe { self.exp2().mul(factor) }
-    }
-    #[inline(always)]
-    unsafe fn exp2(self) -> Self {
-        // Double precision is for correctness: lane by lane through libm, one rounding.
-        let mut lanes = [0.0; 4];
-        unsafe {
-            self.store(lanes.as_mut_ptr());
-            Self::load(lanes.map(libm::exp2).as_ptr())
+avx2!(
+    F64x4,
+    f64,
+    4,
+    _mm256_loadu_pd,
+    _mm256_storeu_pd,
+    _mm256_set1_pd,
+    _mm256_add_pd,
+    _mm256_sub_pd,
+    _mm256_mul_pd,
+    _mm256_div_pd,
+    _mm256_max_pd,
+    _mm256_min_pd,
+    _mm256_fmadd_pd,
+    _mm256_floor_pd,
+    _mm256_cmp_pd,
+    _mm256_blendv_pd,
+    _mm256_movemask_pd,
+    {
+        #[inline(always)]
+        unsafe fn exp2_integer_times(self, factor: Self) -> Self {
+            unsafe { self.exp2().mul(factor) }
+        }
+        #[inline(always)]
+        unsafe fn exp2(self) -> Self {
+            // Double precision is for correctness: lane by lane through libm, one rounding.
+            let mut lanes = [0.0; 4];
+            unsafe {
+                self.store(lanes.as_mut_ptr());
+                Self::load(lanes.map(libm::exp2).as_ptr())
+            }
         }
     }
-});
+);
 
 // SAFETY: runs only where AVX2 was detected; pointers as the trait demands.
 #[allow(clippy::undocumented_unsafe_blocks)] // one reason for all: the line above

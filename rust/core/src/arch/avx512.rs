@@ -60,52 +60,88 @@ macro_rules! avx512 {
     };
 }
 
-avx512!(F32x16, f32, 16, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_set1_ps, _mm512_add_ps, _mm512_sub_ps, _mm512_mul_ps,
-    _mm512_div_ps, _mm512_max_ps, _mm512_min_ps, _mm512_fmadd_ps, _mm512_roundscale_ps, _mm512_cmp_ps_mask,
-    _mm512_mask_blend_ps, _mm512_scalef_ps, _mm512_reduce_add_ps, {
-    #[inline(always)]
-    unsafe fn transpose(rows: &mut [Self; 16]) {
-        unsafe {
-            let mut t = [_mm512_setzero_ps(); 16];
-            for i in 0..8 {
-                t[2 * i] = _mm512_unpacklo_ps(rows[2 * i].0, rows[2 * i + 1].0);
-                t[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i].0, rows[2 * i + 1].0);
-            }
-            // u[4 g + j]: column j of each 128-bit part, for the four rows of group g
-            let mut u = [_mm512_setzero_ps(); 16];
-            for g in 0..4 {
-                u[4 * g] = _mm512_shuffle_ps::<0x44>(t[4 * g], t[4 * g + 2]);
-                u[4 * g + 1] = _mm512_shuffle_ps::<0xee>(t[4 * g], t[4 * g + 2]);
-                u[4 * g + 2] = _mm512_shuffle_ps::<0x44>(t[4 * g + 1], t[4 * g + 3]);
-                u[4 * g + 3] = _mm512_shuffle_ps::<0xee>(t[4 * g + 1], t[4 * g + 3]);
-            }
-            for j in 0..4 {
-                let a = _mm512_shuffle_f32x4::<0x88>(u[j], u[4 + j]); // parts 0, 2 of groups 0, 1
-                let b = _mm512_shuffle_f32x4::<0xdd>(u[j], u[4 + j]); // parts 1, 3
-                let c = _mm512_shuffle_f32x4::<0x88>(u[8 + j], u[12 + j]);
-                let d = _mm512_shuffle_f32x4::<0xdd>(u[8 + j], u[12 + j]);
-                rows[j].0 = _mm512_shuffle_f32x4::<0x88>(a, c);
-                rows[4 + j].0 = _mm512_shuffle_f32x4::<0x88>(b, d);
-                rows[8 + j].0 = _mm512_shuffle_f32x4::<0xdd>(a, c);
-                rows[12 + j].0 = _mm512_shuffle_f32x4::<0xdd>(b, d);
+avx512!(
+    F32x16,
+    f32,
+    16,
+    _mm512_loadu_ps,
+    _mm512_storeu_ps,
+    _mm512_set1_ps,
+    _mm512_add_ps,
+    _mm512_sub_ps,
+    _mm512_mul_ps,
+    _mm512_div_ps,
+    _mm512_max_ps,
+    _mm512_min_ps,
+    _mm512_fmadd_ps,
+    _mm512_roundscale_ps,
+    _mm512_cmp_ps_mask,
+    _mm512_mask_blend_ps,
+    _mm512_scalef_ps,
+    _mm512_reduce_add_ps,
+    {
+        #[inline(always)]
+        unsafe fn transpose(rows: &mut [Self; 16]) {
+            unsafe {
+                let mut t = [_mm512_setzero_ps(); 16];
+                for i in 0..8 {
+                    t[2 * i] = _mm512_unpacklo_ps(rows[2 * i].0, rows[2 * i + 1].0);
+                    t[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i].0, rows[2 * i + 1].0);
+                }
+                // u[4 g + j]: column j of each 128-bit part, for the four rows of group g
+                let mut u = [_mm512_setzero_ps(); 16];
+                for g in 0..4 {
+                    u[4 * g] = _mm512_shuffle_ps::<0x44>(t[4 * g], t[4 * g + 2]);
+                    u[4 * g + 1] = _mm512_shuffle_ps::<0xee>(t[4 * g], t[4 * g + 2]);
+                    u[4 * g + 2] = _mm512_shuffle_ps::<0x44>(t[4 * g + 1], t[4 * g + 3]);
+                    u[4 * g + 3] = _mm512_shuffle_ps::<0xee>(t[4 * g + 1], t[4 * g + 3]);
+                }
+                for j in 0..4 {
+                    let a = _mm512_shuffle_f32x4::<0x88>(u[j], u[4 + j]); // parts 0, 2 of groups 0, 1
+                    let b = _mm512_shuffle_f32x4::<0xdd>(u[j], u[4 + j]); // parts 1, 3
+                    let c = _mm512_shuffle_f32x4::<0x88>(u[8 + j], u[12 + j]);
+                    let d = _mm512_shuffle_f32x4::<0xdd>(u[8 + j], u[12 + j]);
+                    rows[j].0 = _mm512_shuffle_f32x4::<0x88>(a, c);
+                    rows[4 + j].0 = _mm512_shuffle_f32x4::<0x88>(b, d);
+                    rows[8 + j].0 = _mm512_shuffle_f32x4::<0xdd>(a, c);
+                    rows[12 + j].0 = _mm512_shuffle_f32x4::<0xdd>(b, d);
+                }
             }
         }
     }
-});
+);
 
-avx512!(F64x8, f64, 8, _mm512_loadu_pd, _mm512_storeu_pd, _mm512_set1_pd, _mm512_add_pd, _mm512_sub_pd, _mm512_mul_pd,
-    _mm512_div_pd, _mm512_max_pd, _mm512_min_pd, _mm512_fmadd_pd, _mm512_roundscale_pd, _mm512_cmp_pd_mask,
-    _mm512_mask_blend_pd, _mm512_scalef_pd, _mm512_reduce_add_pd, {
-    #[inline(always)]
-    unsafe fn exp2(self) -> Self {
-        // Double precision is for correctness: lane by lane through libm, one rounding.
-        let mut lanes = [0.0; 8];
-        unsafe {
-            self.store(lanes.as_mut_ptr());
-            Self::load(lanes.map(libm::exp2).as_ptr())
+avx512!(
+    F64x8,
+    f64,
+    8,
+    _mm512_loadu_pd,
+    _mm512_storeu_pd,
+    _mm512_set1_pd,
+    _mm512_add_pd,
+    _mm512_sub_pd,
+    _mm512_mul_pd,
+    _mm512_div_pd,
+    _mm512_max_pd,
+    _mm512_min_pd,
+    _mm512_fmadd_pd,
+    _mm512_roundscale_pd,
+    _mm512_cmp_pd_mask,
+    _mm512_mask_blend_pd,
+    _mm512_scalef_pd,
+    _mm512_reduce_add_pd,
+    {
+        #[inline(always)]
+        unsafe fn exp2(self) -> Self {
+            // Double precision is for correctness: lane by lane through libm, one rounding.
+            let mut lanes = [0.0; 8];
+            unsafe {
+                self.store(lanes.as_mut_ptr());
+                Self::load(lanes.map(libm::exp2).as_ptr())
+            }
         }
     }
-});
+);
 
 // SAFETY: runs only where AVX-512 was detected; pointers as the trait demands.
 #[allow(clippy::undocumented_unsafe_blocks)] // one reason for all: the line above

@@ -67,7 +67,9 @@ impl Level {
         }
         #[cfg(target_arch = "x86_64")]
         {
-            let avx2 = || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+            let avx2 = || {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            };
             let avx512 = || {
                 avx2()
                     && is_x86_feature_detected!("avx512f")
@@ -97,8 +99,12 @@ impl Level {
         let available: Vec<Level> = Self::COMPILED.iter().copied().filter(|level| level.is_available()).collect();
         available.iter().copied().find(|level| level.name() == name.trim().to_ascii_lowercase()).ok_or_else(|| {
             let names: Vec<_> = available.iter().map(|level| level.name()).collect();
-            Error::value("TILEWISE_CPU_ISA", format!("one of {} (what this machine can run)", names.join(", ")), format!("'{name}'"))
-                .hint("unset it to use the best one")
+            Error::value(
+                "TILEWISE_CPU_ISA",
+                format!("one of {} (what this machine can run)", names.join(", ")),
+                format!("'{name}'"),
+            )
+            .hint("unset it to use the best one")
         })
     }
 

@@ -63,37 +63,74 @@ macro_rules! neon {
     };
 }
 
-neon!(F32x4x2, f32, 4, vld1q_f32, vst1q_f32, vdupq_n_f32, vaddq_f32, vsubq_f32, vmulq_f32, vdivq_f32, vfmaq_f32,
-    vrndmq_f32, vcgtq_f32, vcltq_f32, vbslq_f32, |mask| vmaxvq_u32(mask) != 0, vaddvq_f32, {
-    #[inline(always)]
-    unsafe fn exp2_integer_times(self, factor: Self) -> Self {
-        // Exponent added to the factor's bits; results below the smallest normal number are 0, as on AVX2.
-        unsafe fn half(n: float32x4_t, factor: float32x4_t) -> float32x4_t {
+neon!(
+    F32x4x2,
+    f32,
+    4,
+    vld1q_f32,
+    vst1q_f32,
+    vdupq_n_f32,
+    vaddq_f32,
+    vsubq_f32,
+    vmulq_f32,
+    vdivq_f32,
+    vfmaq_f32,
+    vrndmq_f32,
+    vcgtq_f32,
+    vcltq_f32,
+    vbslq_f32,
+    |mask| vmaxvq_u32(mask) != 0,
+    vaddvq_f32,
+    {
+        #[inline(always)]
+        unsafe fn exp2_integer_times(self, factor: Self) -> Self {
+            // Exponent added to the factor's bits; results below the smallest normal number are 0, as on AVX2.
+            unsafe fn half(n: float32x4_t, factor: float32x4_t) -> float32x4_t {
+                unsafe {
+                    let clamped = vbslq_f32(vcltq_f32(n, vdupq_n_f32(-127.0)), vdupq_n_f32(-127.0), n);
+                    let bits = vshlq_n_s32::<23>(vcvtq_s32_f32(clamped));
+                    let scaled = vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(factor), bits));
+                    vbslq_f32(vcltq_f32(n, vdupq_n_f32(-126.0)), vdupq_n_f32(0.0), scaled)
+                }
+            }
+            unsafe { Self(half(self.0, factor.0), half(self.1, factor.1)) }
+        }
+    }
+);
+
+neon!(
+    F64x2x2,
+    f64,
+    2,
+    vld1q_f64,
+    vst1q_f64,
+    vdupq_n_f64,
+    vaddq_f64,
+    vsubq_f64,
+    vmulq_f64,
+    vdivq_f64,
+    vfmaq_f64,
+    vrndmq_f64,
+    vcgtq_f64,
+    vcltq_f64,
+    vbslq_f64,
+    |mask| (vgetq_lane_u64::<0>(mask) | vgetq_lane_u64::<1>(mask)) != 0,
+    vaddvq_f64,
+    {
+        #[inline(always)]
+        unsafe fn exp2_integer_times(self, factor: Self) -> Self {
+            unsafe { self.exp2().mul(factor) }
+        }
+        #[inline(always)]
+        unsafe fn exp2(self) -> Self {
+            let mut lanes = [0.0; 4];
             unsafe {
-                let clamped = vbslq_f32(vcltq_f32(n, vdupq_n_f32(-127.0)), vdupq_n_f32(-127.0), n);
-                let bits = vshlq_n_s32::<23>(vcvtq_s32_f32(clamped));
-                let scaled = vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(factor), bits));
-                vbslq_f32(vcltq_f32(n, vdupq_n_f32(-126.0)), vdupq_n_f32(0.0), scaled)
+                self.store(lanes.as_mut_ptr());
+                Self::load(lanes.map(libm::exp2).as_ptr())
             }
         }
-        unsafe { Self(half(self.0, factor.0), half(self.1, factor.1)) }
     }
-});
-
-neon!(F64x2x2, f64, 2, vld1q_f64, vst1q_f64, vdupq_n_f64, vaddq_f64, vsubq_f64, vmulq_f64, vdivq_f64, vfmaq_f64,
-    vrndmq_f64, vcgtq_f64, vcltq_f64, vbslq_f64, |mask| (vgetq_lane_u64::<0>(mask) | vgetq_lane_u64::<1>(mask)) != 0,
-    vaddvq_f64, {
-    #[inline(always)]
-    unsafe fn exp2_integer_times(self, factor: Self) -> Self { unsafe { self.exp2().mul(factor) } }
-    #[inline(always)]
-    unsafe fn exp2(self) -> Self {
-        let mut lanes = [0.0; 4];
-        unsafe {
-            self.store(lanes.as_mut_ptr());
-            Self::load(lanes.map(libm::exp2).as_ptr())
-        }
-    }
-});
+);
 
 // SAFETY: as above.
 #[allow(clippy::undocumented_unsafe_blocks)] // one reason for all: the line above

@@ -63,14 +63,24 @@ impl<T: Real> Online<T> {
 
     /// Back to the start, for `width` lanes.
     pub fn reset(&mut self, width: usize) {
-        for (lanes, value) in [(&mut self.reference, T::NEG_INFINITY), (&mut self.normaliser, T::ZERO), (&mut self.alpha, T::ONE)] {
+        for (lanes, value) in
+            [(&mut self.reference, T::NEG_INFINITY), (&mut self.normaliser, T::ZERO), (&mut self.alpha, T::ONE)]
+        {
             lanes.clear();
             lanes.resize(width, value);
         }
     }
 }
 
-fn tile_args<A: Copy, B: Copy, T>(lanes: usize, registers: usize, a: Matrix<'_, A>, b: Matrix<'_, B>, c: &mut [T], c_row: usize, accumulate: bool) -> tile::Args<A, B, T> {
+fn tile_args<A: Copy, B: Copy, T>(
+    lanes: usize,
+    registers: usize,
+    a: Matrix<'_, A>,
+    b: Matrix<'_, B>,
+    c: &mut [T],
+    c_row: usize,
+    accumulate: bool,
+) -> tile::Args<A, B, T> {
     let width = b.cols();
     assert!(width > 0 && width.is_multiple_of(lanes) && width / lanes <= registers, "tile: width {width}");
     assert!(a.cols() == b.rows() && (b.rows() == 0 || b.col_stride() == 1), "tile: operands do not match");
@@ -93,7 +103,10 @@ fn tile_args<A: Copy, B: Copy, T>(lanes: usize, registers: usize, a: Matrix<'_, 
 fn rows_args<U: Copy, T>(x: Matrix<'_, U>, w: Matrix<'_, U>, out: &mut [T], out_row: usize) -> rows::Args<U, T> {
     assert!(x.cols() == w.cols(), "rows: depths differ");
     assert!(x.cols() <= 1 || (x.col_stride() == 1 && w.col_stride() == 1), "rows: units must be adjacent");
-    assert!(x.rows() == 0 || w.rows() == 0 || (x.rows() - 1) * out_row + w.rows() <= out.len(), "rows: output too short");
+    assert!(
+        x.rows() == 0 || w.rows() == 0 || (x.rows() - 1) * out_row + w.rows() <= out.len(),
+        "rows: output too short"
+    );
     rows::Args {
         x: x.as_ptr(),
         x_row: x.row_stride(),
@@ -107,7 +120,15 @@ fn rows_args<U: Copy, T>(x: Matrix<'_, U>, w: Matrix<'_, U>, out: &mut [T], out_
     }
 }
 
-fn softmax_args<T: Real>(lanes: usize, scores: &mut [T], rows: usize, width: usize, factor: T, state: &mut Online<T>, pairs: &mut [u32]) -> softmax::Args<T> {
+fn softmax_args<T: Real>(
+    lanes: usize,
+    scores: &mut [T],
+    rows: usize,
+    width: usize,
+    factor: T,
+    state: &mut Online<T>,
+    pairs: &mut [u32],
+) -> softmax::Args<T> {
     assert!(width.is_multiple_of(lanes) && rows * width <= scores.len(), "softmax: scores too short");
     assert!([&state.reference, &state.normaliser, &state.alpha].iter().all(|lanes| lanes.len() >= width));
     softmax::Args {
@@ -236,7 +257,21 @@ impl HalfTable {
     pub fn widen(&self, a: Matrix<'_, f32>, b: Matrix<'_, half::bf16>, c: &mut [f32], c_row: usize, accumulate: bool) {
         let args = tile_args(self.lanes, self.registers, a, b, c, c_row, accumulate);
         // SAFETY: extents checked; `bf16` is a transparent `u16`; level as in `Table`.
-        unsafe { (self.widen)(&tile::Args { a: args.a, a_row: args.a_row, a_step: args.a_step, b: args.b.cast(), b_step: args.b_step, depth: args.depth, c: args.c, c_row, rows: args.rows, width: args.width, accumulate }) }
+        unsafe {
+            (self.widen)(&tile::Args {
+                a: args.a,
+                a_row: args.a_row,
+                a_step: args.a_step,
+                b: args.b.cast(),
+                b_step: args.b_step,
+                depth: args.depth,
+                c: args.c,
+                c_row,
+                rows: args.rows,
+                width: args.width,
+                accumulate,
+            })
+        }
     }
 
     /// As [`Table::pack`], on bfloat16 pairs: a move of 32-bit units, whatever they mean.
@@ -258,7 +293,15 @@ impl HalfTable {
     }
 
     /// As [`Table::softmax`]; P goes to `pairs` (pairs of keys), the scores stay.
-    pub fn softmax(&self, scores: &mut [f32], rows: usize, width: usize, factor: f32, state: &mut Online<f32>, pairs: &mut [u32]) -> bool {
+    pub fn softmax(
+        &self,
+        scores: &mut [f32],
+        rows: usize,
+        width: usize,
+        factor: f32,
+        state: &mut Online<f32>,
+        pairs: &mut [u32],
+    ) -> bool {
         assert!(rows.div_ceil(2) * width <= pairs.len(), "softmax: pairs too short");
         // SAFETY: extents checked here and by `softmax_args`; level as in `Table`.
         unsafe { (self.softmax)(&softmax_args(self.lanes, scores, rows, width, factor, state, pairs)) }
@@ -266,7 +309,9 @@ impl HalfTable {
 
     /// Rounds a lane-major block to bfloat16 pairs of rows.
     pub fn interleave(&self, block: &[f32], rows: usize, width: usize, pairs: &mut [u32]) {
-        assert!(width.is_multiple_of(self.lanes) && rows * width <= block.len() && rows.div_ceil(2) * width <= pairs.len());
+        assert!(
+            width.is_multiple_of(self.lanes) && rows * width <= block.len() && rows.div_ceil(2) * width <= pairs.len()
+        );
         // SAFETY: extents checked; level as in `Table`.
         unsafe { (self.interleave)(block.as_ptr(), rows, width, pairs.as_mut_ptr()) }
     }

@@ -41,8 +41,10 @@ pub fn run<S: Arithmetic>(problem: &Problem<'_>, out: &Rows<'_, S>, lse: &Rows<'
     let rows = size.queries * size.group();
     let heads = size.batch * size.key_heads;
     let lead = |head: usize| (head / size.key_heads, head % size.key_heads);
-    let schedules: Vec<_> = (0..heads).map(|head| Schedule::new(problem, lead(head).0, lead(head).1, 0, rows, STEP, 1)).collect();
-    let tasks: Vec<(usize, Visit)> = schedules.iter().enumerate().flat_map(|(head, s)| s.visits.iter().map(move |&visit| (head, visit))).collect();
+    let schedules: Vec<_> =
+        (0..heads).map(|head| Schedule::new(problem, lead(head).0, lead(head).1, 0, rows, STEP, 1)).collect();
+    let tasks: Vec<(usize, Visit)> =
+        schedules.iter().enumerate().flat_map(|(head, s)| s.visits.iter().map(move |&visit| (head, visit))).collect();
     let partials: Vec<Mutex<Option<Partial<S::Acc>>>> = tasks.iter().map(|_| Mutex::new(None)).collect();
     let keys: usize = tasks.iter().map(|(_, visit)| visit.len).sum();
     let serial = keys * rows * (size.head_dim + size.value_dim) <= SERIAL_WORK;
@@ -79,14 +81,24 @@ impl<S: Arithmetic> Default for Scratch<S> {
     }
 }
 
-fn one_visit<S: Arithmetic>(problem: &Problem<'_>, schedule: &Schedule<'_>, (batch, key_head): (usize, usize), rows: usize, visit: Visit, scratch: &mut Scratch<S>) -> Partial<S::Acc> {
+fn one_visit<S: Arithmetic>(
+    problem: &Problem<'_>,
+    schedule: &Schedule<'_>,
+    (batch, key_head): (usize, usize),
+    rows: usize,
+    visit: Visit,
+    scratch: &mut Scratch<S>,
+) -> Partial<S::Acc> {
     let (size, group, table) = (problem.size, problem.size.group(), S::Acc::table());
     let depth = S::units(size.head_dim);
     let stride = line_stride(depth);
     let Scratch { lines, converted, values, scores } = scratch;
     lines.resize(rows * stride, S::Unit::default());
     for row in 0..rows {
-        let query = problem.query.matrix::<S>(&[batch, key_head * group + row % group]).part(row / group..row / group + 1, 0..size.head_dim);
+        let query = problem
+            .query
+            .matrix::<S>(&[batch, key_head * group + row % group])
+            .part(row / group..row / group + 1, 0..size.head_dim);
         S::copy(query, &mut lines[row * stride..row * stride + depth]);
     }
     let keys = visit.start..visit.start + visit.len;
@@ -103,7 +115,8 @@ fn one_visit<S: Arithmetic>(problem: &Problem<'_>, schedule: &Schedule<'_>, (bat
     if visit.partial {
         schedule.mask(visit, scores, 1, visit.len);
     }
-    let mut partial = Partial { reference: vec![S::Acc::NEG_INFINITY; rows], normaliser: vec![S::Acc::ZERO; rows], sums: Vec::new() };
+    let mut partial =
+        Partial { reference: vec![S::Acc::NEG_INFINITY; rows], normaliser: vec![S::Acc::ZERO; rows], sums: Vec::new() };
     for (row, line) in scores.chunks_mut(visit.len).enumerate() {
         let top = table.row_max(line, factor);
         let empty = top == S::Acc::NEG_INFINITY;
@@ -118,7 +131,13 @@ fn one_visit<S: Arithmetic>(problem: &Problem<'_>, schedule: &Schedule<'_>, (bat
 }
 
 /// `P V`: blocks of keys that stay in the first-level cache, a strip of registers at a time.
-fn weighted_values<S: Arithmetic>(schedule: &Schedule<'_>, visit: Visit, weights: Matrix<'_, S::Acc>, value: Matrix<'_, S>, scratch: &mut Vec<S::Acc>) -> Vec<S::Acc> {
+fn weighted_values<S: Arithmetic>(
+    schedule: &Schedule<'_>,
+    visit: Visit,
+    weights: Matrix<'_, S::Acc>,
+    value: Matrix<'_, S>,
+    scratch: &mut Vec<S::Acc>,
+) -> Vec<S::Acc> {
     let (rows, dim) = (weights.rows(), value.cols());
     let width = dim.next_multiple_of(S::lanes());
     let mut sums = vec![S::Acc::ZERO; rows * width];
@@ -168,7 +187,15 @@ fn fold<T: Kernel>(state: &mut Online<T>, sums: &mut [T], partial: &Partial<T>, 
     }
 }
 
-fn write<S: Arithmetic>(problem: &Problem<'_>, (batch, key_head): (usize, usize), rows: usize, state: &mut Online<S::Acc>, sums: &mut [S::Acc], out: &Rows<'_, S>, lse: &Rows<'_, S::Acc>) {
+fn write<S: Arithmetic>(
+    problem: &Problem<'_>,
+    (batch, key_head): (usize, usize),
+    rows: usize,
+    state: &mut Online<S::Acc>,
+    sums: &mut [S::Acc],
+    out: &Rows<'_, S>,
+    lse: &Rows<'_, S::Acc>,
+) {
     let (size, group) = (problem.size, problem.size.group());
     for row in 0..rows {
         let (query, head) = (row / group, key_head * group + row % group);

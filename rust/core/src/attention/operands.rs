@@ -93,11 +93,19 @@ impl<'p, 'a, S: Arithmetic> Operands<'p, 'a, S> {
             return copy.part(first..first + count, 0..width).transposed();
         }
         let values = self.problem.value.matrix::<S>(&[batch, head]).part(start..start + len, 0..width);
-        S::borrow(values).unwrap_or_else(|| unreachable!("values that cannot be read in place were copied")).transposed()
+        S::borrow(values)
+            .unwrap_or_else(|| unreachable!("values that cannot be read in place were copied"))
+            .transposed()
     }
 }
 
-fn fill<U: Copy + Default + Send + Sync>(copied: &mut Copied<U>, heads: usize, rows: usize, serial: bool, line: impl Fn(usize, usize, &mut [U]) + Sync) -> Result<()> {
+fn fill<U: Copy + Default + Send + Sync>(
+    copied: &mut Copied<U>,
+    heads: usize,
+    rows: usize,
+    serial: bool,
+    line: impl Fn(usize, usize, &mut [U]) + Sync,
+) -> Result<()> {
     let (count, width, stride) = (copied.rows, copied.width, copied.stride);
     copied.units = vec![U::default(); heads * count * stride];
     let per_head = count.div_ceil(rows);
@@ -105,10 +113,15 @@ fn fill<U: Copy + Default + Send + Sync>(copied: &mut Copied<U>, heads: usize, r
     for head in copied.units.chunks_mut(count * stride) {
         parts.extend(head.chunks_mut(rows * stride).map(Mutex::new));
     }
-    threads::for_each(parts.len(), serial, || (), |task, ()| {
-        let mut part = parts[task].lock().unwrap_or_else(PoisonError::into_inner);
-        for (i, units) in part.chunks_mut(stride).enumerate() {
-            line(task / per_head, task % per_head * rows + i, &mut units[..width]);
-        }
-    })
+    threads::for_each(
+        parts.len(),
+        serial,
+        || (),
+        |task, ()| {
+            let mut part = parts[task].lock().unwrap_or_else(PoisonError::into_inner);
+            for (i, units) in part.chunks_mut(stride).enumerate() {
+                line(task / per_head, task % per_head * rows + i, &mut units[..width]);
+            }
+        },
+    )
 }

@@ -73,8 +73,16 @@ pub fn run<S: Arithmetic>(problem: &Problem<'_>, out: &Rows<'_, S>, lse: &Rows<'
 }
 
 fn one_tile<S: Arithmetic>(
-    problem: &Problem<'_>, operands: &Operands<'_, '_, S>, batch: usize, key_head: usize, first: usize, count: usize,
-    width: usize, scratch: &mut Scratch<S>, out: &Rows<'_, S>, lse: &Rows<'_, S::Acc>,
+    problem: &Problem<'_>,
+    operands: &Operands<'_, '_, S>,
+    batch: usize,
+    key_head: usize,
+    first: usize,
+    count: usize,
+    width: usize,
+    scratch: &mut Scratch<S>,
+    out: &Rows<'_, S>,
+    lse: &Rows<'_, S::Acc>,
 ) {
     let (size, table) = (problem.size, S::Acc::table());
     let schedule = Schedule::new(problem, batch, key_head, first, count, STEP, S::PER_UNIT);
@@ -107,7 +115,15 @@ fn one_tile<S: Arithmetic>(
     write(problem, batch, key_head, first, count, width, scratch, out, lse);
 }
 
-fn pack_queries<S: Arithmetic>(problem: &Problem<'_>, batch: usize, key_head: usize, first: usize, count: usize, width: usize, scratch: &mut Scratch<S>) {
+fn pack_queries<S: Arithmetic>(
+    problem: &Problem<'_>,
+    batch: usize,
+    key_head: usize,
+    first: usize,
+    count: usize,
+    width: usize,
+    scratch: &mut Scratch<S>,
+) {
     let (group, dim) = (problem.size.group(), problem.size.head_dim);
     let depth = S::units(dim);
     let stride = line_stride(depth);
@@ -131,8 +147,15 @@ fn pack_queries<S: Arithmetic>(problem: &Problem<'_>, batch: usize, key_head: us
 }
 
 fn write<S: Arithmetic>(
-    problem: &Problem<'_>, batch: usize, key_head: usize, first: usize, count: usize, width: usize,
-    scratch: &mut Scratch<S>, out: &Rows<'_, S>, lse: &Rows<'_, S::Acc>,
+    problem: &Problem<'_>,
+    batch: usize,
+    key_head: usize,
+    first: usize,
+    count: usize,
+    width: usize,
+    scratch: &mut Scratch<S>,
+    out: &Rows<'_, S>,
+    lse: &Rows<'_, S::Acc>,
 ) {
     let (size, group) = (problem.size, problem.size.group());
     let Scratch { sums, state, wide, .. } = scratch;
@@ -183,8 +206,14 @@ fn all_finite(problem: &Problem<'_>, batch: usize, key_head: usize, visit: Visit
 
 /// `O += V^T P` where some values are not finite and some rows must not see them.
 fn without_poison<S: Arithmetic>(
-    problem: &Problem<'_>, schedule: &Schedule<'_>, batch: usize, key_head: usize, visit: Visit, weights: &[S::Unit],
-    width: usize, sums: &mut [S::Acc],
+    problem: &Problem<'_>,
+    schedule: &Schedule<'_>,
+    batch: usize,
+    key_head: usize,
+    visit: Visit,
+    weights: &[S::Unit],
+    width: usize,
+    sums: &mut [S::Acc],
 ) {
     let dim = problem.size.value_dim;
     let values = problem.value.matrix::<S>(&[batch, key_head]).part(visit.start..visit.start + visit.len, 0..dim);
@@ -207,5 +236,11 @@ fn without_poison<S: Arithmetic>(
     for (i, line) in stacked.chunks_mut(dim).enumerate() {
         S::stack(clean.part(i * S::PER_UNIT..((i + 1) * S::PER_UNIT).min(visit.len), 0..dim), line);
     }
-    S::tile(Matrix::new(&stacked, units, dim, dim).transposed(), Matrix::new(weights, units, width, width), sums, width, true);
+    S::tile(
+        Matrix::new(&stacked, units, dim, dim).transposed(),
+        Matrix::new(weights, units, width, width),
+        sums,
+        width,
+        true,
+    );
 }

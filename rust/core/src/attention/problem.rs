@@ -75,11 +75,20 @@ impl<'a> Problem<'a> {
     /// # Errors
     /// Wrong ranks, extents that do not fit together, heads that do not divide, head dimensions outside 1..=512,
     /// mixed or unsupported types, a scale that is not finite, block numbers outside the keys.
-    pub fn new(query: Array<'a>, key: Array<'a>, value: Array<'a>, scale: f64, rules: Rules<'a>, sinks: Option<&Array<'a>>) -> Result<Self> {
+    pub fn new(
+        query: Array<'a>,
+        key: Array<'a>,
+        value: Array<'a>,
+        scale: f64,
+        rules: Rules<'a>,
+        sinks: Option<&Array<'a>>,
+    ) -> Result<Self> {
         let axes = "rank 4 [batch, heads, length, head_dim]";
         for (name, array) in [("query", &query), ("key", &key), ("value", &value)] {
             if array.shape().len() != 4 {
-                return Err(Error::shape(name, axes, array.shape()).hint("add the missing axes, for example query[None]"));
+                return Err(
+                    Error::shape(name, axes, array.shape()).hint("add the missing axes, for example query[None]")
+                );
             }
         }
         let dtype = query.dtype();
@@ -94,10 +103,18 @@ impl<'a> Problem<'a> {
         let ([batch, query_heads, queries, head_dim], [_, key_heads, keys, _]) = (four(&query), four(&key));
         let value_dim = value.shape()[3];
         if key.shape()[0] != batch || key.shape()[3] != head_dim {
-            return Err(Error::shape("key", format!("[{batch}, heads, keys, {head_dim}], to match query"), key.shape()));
+            return Err(Error::shape(
+                "key",
+                format!("[{batch}, heads, keys, {head_dim}], to match query"),
+                key.shape(),
+            ));
         }
         if value.shape()[..3] != [batch, key_heads, keys] {
-            return Err(Error::shape("value", format!("[{batch}, {key_heads}, {keys}, value_dim], to match key"), value.shape()));
+            return Err(Error::shape(
+                "value",
+                format!("[{batch}, {key_heads}, {keys}, value_dim], to match key"),
+                value.shape(),
+            ));
         }
         for (name, dim) in [("query", head_dim), ("value", value_dim)] {
             if !(1..=512).contains(&dim) {
@@ -106,7 +123,11 @@ impl<'a> Problem<'a> {
             }
         }
         if (key_heads == 0 && query_heads > 0) || (key_heads > 0 && !query_heads.is_multiple_of(key_heads)) {
-            return Err(Error::shape("key", format!("a number of heads that divides query's {query_heads}"), key.shape()));
+            return Err(Error::shape(
+                "key",
+                format!("a number of heads that divides query's {query_heads}"),
+                key.shape(),
+            ));
         }
         if !scale.is_finite() {
             return Err(Error::value("scale", "a finite number", scale));
@@ -150,11 +171,17 @@ fn four(array: &Array<'_>) -> [usize; 4] {
 fn check_rules(rules: &Rules<'_>, size: &Size) -> Result<()> {
     if let Some(mask) = &rules.mask {
         if mask.dtype() != Dtype::Bool {
-            return Err(Error::dtype("mask", "bool (true = attend)", mask.dtype()).hint("an additive mask m becomes m == 0"));
+            return Err(
+                Error::dtype("mask", "bool (true = attend)", mask.dtype()).hint("an additive mask m becomes m == 0")
+            );
         }
         let expected = [size.batch, size.query_heads, size.queries, size.keys];
         if mask.shape() != expected {
-            return Err(Error::shape("mask", format!("[batch, query_heads, queries, keys] = {expected:?} (broadcast)"), mask.shape()));
+            return Err(Error::shape(
+                "mask",
+                format!("[batch, query_heads, queries, keys] = {expected:?} (broadcast)"),
+                mask.shape(),
+            ));
         }
     }
     let Some(blocks) = &rules.block_indices else { return Ok(()) };
@@ -165,7 +192,11 @@ fn check_rules(rules: &Rules<'_>, size: &Size) -> Result<()> {
         return Err(Error::value("block_size", "at least 1 with block_indices", rules.block_size));
     }
     let shape = blocks.shape();
-    let fits = shape.len() == 4 && shape[0] == size.batch && shape[2] == size.queries && shape[1] > 0 && size.query_heads.is_multiple_of(shape[1]);
+    let fits = shape.len() == 4
+        && shape[0] == size.batch
+        && shape[2] == size.queries
+        && shape[1] > 0
+        && size.query_heads.is_multiple_of(shape[1]);
     if !fits {
         let allowed = format!("[{}, index_heads dividing {}, {}, slots]", size.batch, size.query_heads, size.queries);
         return Err(Error::shape("block_indices", allowed, shape));
@@ -178,7 +209,11 @@ fn check_rules(rules: &Rules<'_>, size: &Size) -> Result<()> {
                     let block = index(blocks, &[b, h, i, slot]);
                     if block >= count {
                         let got = format!("{block} at [{b}, {h}, {i}, {slot}]");
-                        return Err(Error::value("block_indices", format!("block numbers below {count} (negative = unused)"), got));
+                        return Err(Error::value(
+                            "block_indices",
+                            format!("block numbers below {count} (negative = unused)"),
+                            got,
+                        ));
                     }
                 }
             }

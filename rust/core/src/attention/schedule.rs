@@ -53,7 +53,15 @@ pub struct Schedule<'a> {
 impl<'a> Schedule<'a> {
     /// Plans packed rows `first..first + count` of key head `key_head`; ranges hold at most `step` keys and start on
     /// multiples of `unit`.
-    pub fn new(problem: &Problem<'a>, batch: usize, key_head: usize, first: usize, count: usize, step: usize, unit: usize) -> Self {
+    pub fn new(
+        problem: &Problem<'a>,
+        batch: usize,
+        key_head: usize,
+        first: usize,
+        count: usize,
+        step: usize,
+        unit: usize,
+    ) -> Self {
         let group = problem.size.group();
         let block_size = problem.rules.block_size;
         let row = |r: usize| {
@@ -61,7 +69,12 @@ impl<'a> Schedule<'a> {
             let line = problem.mask(batch, head).map(|mask| mask.part(query..query + 1, 0..mask.cols()));
             let adjacent = line.and_then(|line| line.row(0));
             let blocks = selected_blocks(problem, batch, head, query);
-            Row { keys: problem.range(query), mask: adjacent, strided: if adjacent.is_none() { line } else { None }, blocks }
+            Row {
+                keys: problem.range(query),
+                mask: adjacent,
+                strided: if adjacent.is_none() { line } else { None },
+                blocks,
+            }
         };
         let rows: Vec<_> = (first..first + count).map(row).collect();
         let mut schedule = Self { rows, block_size, keys: problem.size.keys, visits: Vec::new() };

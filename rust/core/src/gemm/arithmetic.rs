@@ -36,11 +36,24 @@ pub trait Arithmetic: Float<Acc: Kernel> {
     /// Up to [`PER_UNIT`](Self::PER_UNIT) rows stacked into one row of units: unit c holds element c of each row.
     fn stack(rows: Matrix<'_, Self>, units: &mut [Self::Unit]);
     /// Accumulators times lanes of source elements, if the kernel for it exists and B's rows are adjacent lanes.
-    fn mixed(a: Matrix<'_, Self::Acc>, b: Matrix<'_, Self>, c: &mut [Self::Acc], c_row: usize, accumulate: bool) -> bool;
+    fn mixed(
+        a: Matrix<'_, Self::Acc>,
+        b: Matrix<'_, Self>,
+        c: &mut [Self::Acc],
+        c_row: usize,
+        accumulate: bool,
+    ) -> bool;
 
     /// One block of the online softmax over a lane-major score block; see [`Table::softmax`](crate::arch::Table::softmax).
     /// The weights lie where [`weights`](Self::weights) says. Returns whether a reference moved.
-    fn online(scores: &mut [Self::Acc], rows: usize, width: usize, factor: Self::Acc, state: &mut Online<Self::Acc>, units: &mut [Self::Unit]) -> bool;
+    fn online(
+        scores: &mut [Self::Acc],
+        rows: usize,
+        width: usize,
+        factor: Self::Acc,
+        state: &mut Online<Self::Acc>,
+        units: &mut [Self::Unit],
+    ) -> bool;
     /// The weights that [`online`](Self::online) left: over the scores, or in `units`.
     fn weights<'w>(scores: &'w [Self::Acc], units: &'w [Self::Unit], count: usize) -> &'w [Self::Unit];
 
@@ -85,7 +98,14 @@ macro_rules! plain {
             fn stack(rows: Matrix<'_, $t>, units: &mut [$t]) {
                 copy_line(rows, units, |x| x);
             }
-            fn online(scores: &mut [$t], rows: usize, width: usize, factor: $t, state: &mut Online<$t>, _: &mut [$t]) -> bool {
+            fn online(
+                scores: &mut [$t],
+                rows: usize,
+                width: usize,
+                factor: $t,
+                state: &mut Online<$t>,
+                _: &mut [$t],
+            ) -> bool {
                 <$t>::table().softmax(scores, rows, width, factor, state)
             }
             fn weights<'w>(scores: &'w [$t], _: &'w [$t], count: usize) -> &'w [$t] {
@@ -136,7 +156,14 @@ impl Arithmetic for f16 {
     fn stack(rows: Matrix<'_, f16>, units: &mut [f32]) {
         Self::copy(rows, units);
     }
-    fn online(scores: &mut [f32], rows: usize, width: usize, factor: f32, state: &mut Online<f32>, _: &mut [f32]) -> bool {
+    fn online(
+        scores: &mut [f32],
+        rows: usize,
+        width: usize,
+        factor: f32,
+        state: &mut Online<f32>,
+        _: &mut [f32],
+    ) -> bool {
         f32::table().softmax(scores, rows, width, factor, state)
     }
     fn weights<'w>(scores: &'w [f32], _: &'w [f32], count: usize) -> &'w [f32] {
@@ -197,7 +224,14 @@ impl Arithmetic for bf16 {
             *unit = u32::from(rows.at(0, c).to_bits()) | (u32::from(high.to_bits()) << 16);
         }
     }
-    fn online(scores: &mut [f32], rows: usize, width: usize, factor: f32, state: &mut Online<f32>, units: &mut [u32]) -> bool {
+    fn online(
+        scores: &mut [f32],
+        rows: usize,
+        width: usize,
+        factor: f32,
+        state: &mut Online<f32>,
+        units: &mut [u32],
+    ) -> bool {
         half_table().softmax(scores, rows, width, factor, state, units)
     }
     fn weights<'w>(_: &'w [f32], units: &'w [u32], count: usize) -> &'w [u32] {

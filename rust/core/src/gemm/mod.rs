@@ -109,7 +109,8 @@ fn product<S: Arithmetic, O: Float<Acc = S::Acc>>(a: Lines<'_, S>, b: Matrix<'_,
         return few_rows(a, b.transposed(), out, work <= SERIAL_WORK);
     }
     let unit = std::mem::size_of::<S::Unit>();
-    let chunk = (PACKED_BYTES / (unit * S::units(depth).max(1)) / SEGMENT * SEGMENT).clamp(SEGMENT, n.next_multiple_of(SEGMENT));
+    let chunk = (PACKED_BYTES / (unit * S::units(depth).max(1)) / SEGMENT * SEGMENT)
+        .clamp(SEGMENT, n.next_multiple_of(SEGMENT));
     for first in (0..n).step_by(chunk) {
         panels(&a, &by_line, first..n.min(first + chunk), out, work <= SERIAL_WORK)?;
     }
@@ -117,7 +118,13 @@ fn product<S: Arithmetic, O: Float<Acc = S::Acc>>(a: Lines<'_, S>, b: Matrix<'_,
 }
 
 /// One piece of B: pack it, then multiply every block of rows with every segment of columns.
-fn panels<S: Arithmetic, O: Float<Acc = S::Acc>>(a: &Lines<'_, S>, b: &Lines<'_, S>, columns: std::ops::Range<usize>, out: &Rows<'_, O>, serial: bool) -> Result<()> {
+fn panels<S: Arithmetic, O: Float<Acc = S::Acc>>(
+    a: &Lines<'_, S>,
+    b: &Lines<'_, S>,
+    columns: std::ops::Range<usize>,
+    out: &Rows<'_, O>,
+    serial: bool,
+) -> Result<()> {
     let units = S::units(b.depth());
     let width = S::panel().min(columns.len().next_multiple_of(S::lanes()));
     let count = columns.len().div_ceil(width);
@@ -135,55 +142,77 @@ fn panels<S: Arithmetic, O: Float<Acc = S::Acc>>(a: &Lines<'_, S>, b: &Lines<'_,
     let per_segment = SEGMENT / width.min(SEGMENT);
     let stride = pack::line_stride(units);
     let blocks = a.len().div_ceil(ROWS);
-    threads::for_each(blocks * segments, serial, || (Vec::new(), Vec::new()), |task, (lines, block)| {
-        let (row, segment) = (task / segments * ROWS, task % segments);
-        let rows = ROWS.min(a.len() - row);
-        pack::compact(a, row, rows, stride, lines);
-        block.resize((ROWS * width).max(block.len()), S::Acc::ZERO);
-        let number = |r: usize| (row + r) * out.per_row() + columns.start / SEGMENT + segment;
-        let mut targets: Vec<&mut [O]> = (0..rows).map(|r| out.take(number(r))).collect();
-        for panel in (segment * per_segment..(segment + 1) * per_segment).take_while(|&panel| panel < count) {
-            let from = panel * units * width;
-            for start in (0..units.max(1)).step_by(DEPTH) {
-                let end = units.min(start + DEPTH);
-                let left = Matrix::new(lines, rows, units, stride).part(0..rows, start..end);
-                let right = Matrix::new(&packed[from + start * width..from + end * width], end - start, width, width);
-                S::tile(left, right, block, width, start > 0);
-            }
-            let at = panel * width - segment * SEGMENT;
-            for (target, line) in targets.iter_mut().zip(block.chunks(width)) {
-                let end = target.len().min(at + width);
-                for (value, sum) in target[at.min(end)..end].iter_mut().zip(line) {
-                    *value = O::narrow(*sum);
+    threads::for_each(
+        blocks * segments,
+        serial,
+        || (Vec::new(), Vec::new()),
+        |task, (lines, block)| {
+            let (row, segment) = (task / segments * ROWS, task % segments);
+            let rows = ROWS.min(a.len() - row);
+            pack::compact(a, row, rows, stride, lines);
+            block.resize((ROWS * width).max(block.len()), S::Acc::ZERO);
+            let number = |r: usize| (row + r) * out.per_row() + columns.start / SEGMENT + segment;
+            let mut targets: Vec<&mut [O]> = (0..rows).map(|r| out.take(number(r))).collect();
+            for panel in (segment * per_segment..(segment + 1) * per_segment).take_while(|&panel| panel < count) {
+                let from = panel * units * width;
+                for start in (0..units.max(1)).step_by(DEPTH) {
+                    let end = units.min(start + DEPTH);
+                    let left = Matrix::new(lines, rows, units, stride).part(0..rows, start..end);
+                    let right =
+                        Matrix::new(&packed[from + start * width..from + end * width], end - start, width, width);
+                    S::tile(left, right, block, width, start > 0);
+                }
+                let at = panel * width - segment * SEGMENT;
+                for (target, line) in targets.iter_mut().zip(block.chunks(width)) {
+                    let end = target.len().min(at + width);
+                    for (value, sum) in target[at.min(end)..end].iter_mut().zip(line) {
+                        *value = O::narrow(*sum);
+                    }
                 }
             }
-        }
-    })
+        },
+    )
 }
 
 /// Few rows of A against the lines of B^T, each read once.
-fn few_rows<S: Arithmetic, O: Float<Acc = S::Acc>>(a: Lines<'_, S>, b: Matrix<'_, S>, out: &Rows<'_, O>, serial: bool) -> Result<()> {
+fn few_rows<S: Arithmetic, O: Float<Acc = S::Acc>>(
+    a: Lines<'_, S>,
+    b: Matrix<'_, S>,
+    out: &Rows<'_, O>,
+    serial: bool,
+) -> Result<()> {
     let units = S::units(a.depth());
     let (m, stride) = (a.len(), pack::line_stride(units));
     let mut left = Vec::new();
     pack::compact(&a, 0, m, stride, &mut left);
     let left = Matrix::new(&left, m, units, stride);
-    threads::for_each(b.rows().div_ceil(SEGMENT), serial, || (Vec::new(), Vec::new()), |segment, (scratch, sums)| {
-        let first = segment * SEGMENT;
-        let count = SEGMENT.min(b.rows() - first);
-        let part = b.part(first..first + count, 0..b.cols());
-        sums.resize(m * SEGMENT, S::Acc::ZERO);
-        inner_products::<S>(left, part, scratch, sums, SEGMENT);
-        for (r, line) in sums.chunks(SEGMENT).enumerate().take(m) {
-            for (value, sum) in out.take(r * out.per_row() + segment).iter_mut().zip(line) {
-                *value = O::narrow(*sum);
+    threads::for_each(
+        b.rows().div_ceil(SEGMENT),
+        serial,
+        || (Vec::new(), Vec::new()),
+        |segment, (scratch, sums)| {
+            let first = segment * SEGMENT;
+            let count = SEGMENT.min(b.rows() - first);
+            let part = b.part(first..first + count, 0..b.cols());
+            sums.resize(m * SEGMENT, S::Acc::ZERO);
+            inner_products::<S>(left, part, scratch, sums, SEGMENT);
+            for (r, line) in sums.chunks(SEGMENT).enumerate().take(m) {
+                for (value, sum) in out.take(r * out.per_row() + segment).iter_mut().zip(line) {
+                    *value = O::narrow(*sum);
+                }
             }
-        }
-    })
+        },
+    )
 }
 
 /// `out[x, w] = <X[x], W[w]>` for lines of any layout: W is read in place if it can be.
-pub(crate) fn inner_products<S: Arithmetic>(x: Matrix<'_, S::Unit>, w: Matrix<'_, S>, scratch: &mut Vec<S::Unit>, out: &mut [S::Acc], out_row: usize) {
+pub(crate) fn inner_products<S: Arithmetic>(
+    x: Matrix<'_, S::Unit>,
+    w: Matrix<'_, S>,
+    scratch: &mut Vec<S::Unit>,
+    out: &mut [S::Acc],
+    out_row: usize,
+) {
     if let Some(lines) = S::borrow(w).filter(|lines| lines.col_stride() == 1 || lines.cols() <= 1) {
         return S::rows(x, lines, out, out_row);
     }

@@ -52,7 +52,13 @@ pub fn line_stride(units: usize) -> usize {
 }
 
 /// Copies lines `first..first + count` compactly; line `i` starts at `i * stride`.
-pub fn compact<S: Arithmetic>(lines: &Lines<'_, S>, first: usize, count: usize, stride: usize, buffer: &mut Vec<S::Unit>) {
+pub fn compact<S: Arithmetic>(
+    lines: &Lines<'_, S>,
+    first: usize,
+    count: usize,
+    stride: usize,
+    buffer: &mut Vec<S::Unit>,
+) {
     let units = S::units(lines.depth());
     if buffer.len() < count * stride {
         buffer.resize(count * stride, S::Unit::default());
@@ -64,7 +70,14 @@ pub fn compact<S: Arithmetic>(lines: &Lines<'_, S>, first: usize, count: usize, 
 
 /// Lines `first..first + count` as a panel of `width` lanes (missing lines are zero). `scratch` holds the compact
 /// lines of a type that is not read in place.
-pub fn panel<S: Arithmetic>(lines: &Lines<'_, S>, first: usize, count: usize, width: usize, scratch: &mut Vec<S::Unit>, panel: &mut [S::Unit]) {
+pub fn panel<S: Arithmetic>(
+    lines: &Lines<'_, S>,
+    first: usize,
+    count: usize,
+    width: usize,
+    scratch: &mut Vec<S::Unit>,
+    panel: &mut [S::Unit],
+) {
     let units = S::units(lines.depth());
     let mut sources: [&[S::Unit]; 64] = [&[]; 64];
     let mut in_place = true;

@@ -16,7 +16,9 @@ pub(crate) fn at_every_level(body: impl Fn(Level)) {
 }
 
 pub(crate) fn noise(count: usize, seed: u32) -> Vec<f64> {
-    (0..count).map(|i| f64::from(philox4x32([i as u32, 0, 0, 4], [seed, 0])[0]) / f64::from(u32::MAX) * 2.0 - 1.0).collect()
+    (0..count)
+        .map(|i| f64::from(philox4x32([i as u32, 0, 0, 4], [seed, 0])[0]) / f64::from(u32::MAX) * 2.0 - 1.0)
+        .collect()
 }
 
 fn check<S: Arithmetic>(m: usize, n: usize, k: usize, transpose: bool, gather: bool, budget: f64) {
@@ -26,13 +28,20 @@ fn check<S: Arithmetic>(m: usize, n: usize, k: usize, transpose: bool, gather: b
     let count = if gather { rows.len() } else { m };
     let mut out = vec![S::Acc::of(f64::NAN); count * n];
     let a_view = Array::from_slice(&a, &[m, k]).unwrap();
-    let b_view = if transpose { Array::from_slice(&b, &[n, k]).unwrap().permuted(&[1, 0]) } else { Array::from_slice(&b, &[k, n]).unwrap() };
-    matmul(&a_view, &b_view, gather.then_some(&rows[..]), ArrayMut::from_slice(&mut out, &[count, n]).unwrap()).unwrap();
+    let b_view = if transpose {
+        Array::from_slice(&b, &[n, k]).unwrap().permuted(&[1, 0])
+    } else {
+        Array::from_slice(&b, &[k, n]).unwrap()
+    };
+    matmul(&a_view, &b_view, gather.then_some(&rows[..]), ArrayMut::from_slice(&mut out, &[count, n]).unwrap())
+        .unwrap();
     for i in 0..count {
         for j in 0..n {
             let row = if gather { rows[i] as usize } else { i };
             let exact: f64 = (0..k)
-                .map(|t| a[row * k + t].widen().f64() * (if transpose { b[j * k + t] } else { b[t * n + j] }).widen().f64())
+                .map(|t| {
+                    a[row * k + t].widen().f64() * (if transpose { b[j * k + t] } else { b[t * n + j] }).widen().f64()
+                })
                 .sum();
             let error = (out[i * n + j].f64() - exact).abs();
             assert!(error <= budget * (k as f64).max(8.0), "{} m{m} n{n} k{k} ({i},{j}): {error}", S::DTYPE);
@@ -43,7 +52,17 @@ fn check<S: Arithmetic>(m: usize, n: usize, k: usize, transpose: bool, gather: b
 #[test]
 fn products_match_the_definition_at_every_level() {
     at_every_level(|_| {
-        for (m, n, k) in [(0, 3, 2), (3, 0, 2), (2, 3, 0), (1, 1, 1), (1, 50, 33), (8, 200, 17), (9, 49, 31), (97, 193, 65), (13, 16, 2049)] {
+        for (m, n, k) in [
+            (0, 3, 2),
+            (3, 0, 2),
+            (2, 3, 0),
+            (1, 1, 1),
+            (1, 50, 33),
+            (8, 200, 17),
+            (9, 49, 31),
+            (97, 193, 65),
+            (13, 16, 2049),
+        ] {
             for transpose in [false, true] {
                 for gather in [false, true] {
                     check::<f32>(m, n, k, transpose, gather, 1e-7);

@@ -67,8 +67,12 @@ impl Layer<'_> {
     pub fn feature_rows(&self, first: usize, count: usize) -> (Vec<usize>, Vec<usize>) {
         match (self.weights.activation.gated(), self.weights.layout) {
             (false, _) => ((first..first + count).collect(), Vec::new()),
-            (true, Layout::Concatenated) => ((first..first + count).collect(), (self.hidden + first..self.hidden + first + count).collect()),
-            (true, Layout::Interleaved) => ((first..first + count).map(|j| 2 * j).collect(), (first..first + count).map(|j| 2 * j + 1).collect()),
+            (true, Layout::Concatenated) => {
+                ((first..first + count).collect(), (self.hidden + first..self.hidden + first + count).collect())
+            }
+            (true, Layout::Interleaved) => {
+                ((first..first + count).map(|j| 2 * j).collect(), (first..first + count).map(|j| 2 * j + 1).collect())
+            }
         }
     }
 
@@ -88,7 +92,13 @@ impl Layer<'_> {
 ///
 /// # Errors
 /// Wrong ranks, extents or types; see the messages.
-pub fn forward(x: Array<'_>, ids: &Array<'_>, scores: &Array<'_>, weights: Weights<'_>, out: ArrayMut<'_>) -> Result<()> {
+pub fn forward(
+    x: Array<'_>,
+    ids: &Array<'_>,
+    scores: &Array<'_>,
+    weights: Weights<'_>,
+    out: ArrayMut<'_>,
+) -> Result<()> {
     let (width, hidden) = check(&x, ids, scores, &weights)?;
     if out.shape() != x.shape() || out.dtype() != x.dtype() {
         return Err(Error::shape("out", format!("{:?} of {}, as x", x.shape(), x.dtype()), out.shape()));
@@ -119,20 +129,35 @@ fn check(x: &Array<'_>, ids: &Array<'_>, scores: &Array<'_>, weights: &Weights<'
     }
     let (experts, features) = (gate_up.shape()[0], gate_up.shape()[1]);
     if activation.gated() && !features.is_multiple_of(2) {
-        return Err(Error::shape("gate_up", "an even number of features (gates and ups) for a gated activation", gate_up.shape()));
+        return Err(Error::shape(
+            "gate_up",
+            "an even number of features (gates and ups) for a gated activation",
+            gate_up.shape(),
+        ));
     }
     let hidden = if activation.gated() { features / 2 } else { features };
     if down.shape() != [experts, width, hidden] {
-        return Err(Error::shape("down", format!("[experts, width, hidden] = [{experts}, {width}, {hidden}]"), down.shape()));
+        return Err(Error::shape(
+            "down",
+            format!("[experts, width, hidden] = [{experts}, {width}, {hidden}]"),
+            down.shape(),
+        ));
     }
-    for (name, bias, shape) in [("gate_up_bias", gate_up_bias, [experts, features]), ("down_bias", down_bias, [experts, width])] {
+    for (name, bias, shape) in
+        [("gate_up_bias", gate_up_bias, [experts, features]), ("down_bias", down_bias, [experts, width])]
+    {
         if let Some(bias) = bias
             && bias.shape() != shape
         {
             return Err(Error::shape(name, format!("{shape:?}"), bias.shape()));
         }
     }
-    let others = [("gate_up", Some(gate_up)), ("down", Some(down)), ("gate_up_bias", gate_up_bias.as_ref()), ("down_bias", down_bias.as_ref())];
+    let others = [
+        ("gate_up", Some(gate_up)),
+        ("down", Some(down)),
+        ("gate_up_bias", gate_up_bias.as_ref()),
+        ("down_bias", down_bias.as_ref()),
+    ];
     for (name, array) in others {
         if let Some(array) = array
             && array.dtype() != x.dtype()
@@ -172,15 +197,20 @@ fn typed<S: Arithmetic>(layer: &Layer<'_>, scores: &Array<'_>, out: ArrayMut<'_>
             let hidden = ArrayMut::from_slice(&mut hidden, &[count, layer.hidden])?.segments::<S>(lines::SEGMENT);
             let first = many.len();
             let segments = layer.hidden.div_ceil(lines::SEGMENT);
-            threads::for_each(first + few.len() * segments, serial, || (panels::Scratch::<S>::default(), lines::Scratch::<S>::default()), |task, (wide, thin)| {
-                if task < first {
-                    let (expert, rows) = &many[task];
-                    panels::run(layer, *expert, rows.clone(), wide, &sums);
-                } else {
-                    let task = task - first;
-                    lines::first_product(layer, few[task / segments], task % segments, thin, &hidden);
-                }
-            })?;
+            threads::for_each(
+                first + few.len() * segments,
+                serial,
+                || (panels::Scratch::<S>::default(), lines::Scratch::<S>::default()),
+                |task, (wide, thin)| {
+                    if task < first {
+                        let (expert, rows) = &many[task];
+                        panels::run(layer, *expert, rows.clone(), wide, &sums);
+                    } else {
+                        let task = task - first;
+                        lines::first_product(layer, few[task / segments], task % segments, thin, &hidden);
+                    }
+                },
+            )?;
         }
         let hidden = Matrix::new(&hidden, count, layer.hidden, layer.hidden);
         let segments = layer.width.div_ceil(lines::SEGMENT);
@@ -217,24 +247,35 @@ fn plan(layer: &Layer<'_>) -> (Vec<(usize, std::ops::Range<usize>)>, Vec<usize>)
 }
 
 /// Stage 3.
-fn aggregate<S: Arithmetic>(layer: &Layer<'_>, sums: &[S::Acc], scores: &[S::Acc], slots: usize, out: ArrayMut<'_>) -> Result<()> {
+fn aggregate<S: Arithmetic>(
+    layer: &Layer<'_>,
+    sums: &[S::Acc],
+    scores: &[S::Acc],
+    slots: usize,
+    out: ArrayMut<'_>,
+) -> Result<()> {
     const TOKENS: usize = 32;
     let tokens = layer.x.shape()[0];
     let width = layer.width;
     let out = out.rows::<S>();
     let table = S::Acc::table();
-    threads::for_each(tokens.div_ceil(TOKENS), tokens * width * slots <= SERIAL_WORK, || vec![S::Acc::ZERO; width], |task, sum| {
-        for token in task * TOKENS..tokens.min((task + 1) * TOKENS) {
-            sum.fill(S::Acc::ZERO);
-            for pair in token * slots..(token + 1) * slots {
-                let row = layer.routing.rows[pair];
-                if row != NONE {
-                    table.add_scaled(sum, &sums[row * width..(row + 1) * width], scores[pair]);
+    threads::for_each(
+        tokens.div_ceil(TOKENS),
+        tokens * width * slots <= SERIAL_WORK,
+        || vec![S::Acc::ZERO; width],
+        |task, sum| {
+            for token in task * TOKENS..tokens.min((task + 1) * TOKENS) {
+                sum.fill(S::Acc::ZERO);
+                for pair in token * slots..(token + 1) * slots {
+                    let row = layer.routing.rows[pair];
+                    if row != NONE {
+                        table.add_scaled(sum, &sums[row * width..(row + 1) * width], scores[pair]);
+                    }
+                }
+                for (value, sum) in out.take(token).iter_mut().zip(sum.iter()) {
+                    *value = S::narrow(*sum);
                 }
             }
-            for (value, sum) in out.take(token).iter_mut().zip(sum.iter()) {
-                *value = S::narrow(*sum);
-            }
-        }
-    })
+        },
+    )
 }

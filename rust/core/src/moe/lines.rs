@@ -30,7 +30,13 @@ impl<S: Arithmetic> Default for Scratch<S> {
 
 /// Activated features of segment `segment` for all rows of `expert`, into `hidden` (rounded to the source type, as
 /// the second product reads them).
-pub fn first_product<S: Arithmetic>(layer: &Layer<'_>, expert: usize, segment: usize, scratch: &mut Scratch<S>, hidden: &Rows<'_, S>) {
+pub fn first_product<S: Arithmetic>(
+    layer: &Layer<'_>,
+    expert: usize,
+    segment: usize,
+    scratch: &mut Scratch<S>,
+    hidden: &Rows<'_, S>,
+) {
     let rows = layer.routing.of(expert);
     let first = segment * SEGMENT;
     let count = SEGMENT.min(layer.hidden - first);
@@ -69,7 +75,14 @@ pub fn first_product<S: Arithmetic>(layer: &Layer<'_>, expert: usize, segment: u
 }
 
 /// Outputs of segment `segment` for all rows of `expert`, into `sums`.
-pub fn second_product<S: Arithmetic>(layer: &Layer<'_>, expert: usize, segment: usize, hidden: Matrix<'_, S>, scratch: &mut Scratch<S>, sums: &Rows<'_, S::Acc>) {
+pub fn second_product<S: Arithmetic>(
+    layer: &Layer<'_>,
+    expert: usize,
+    segment: usize,
+    hidden: Matrix<'_, S>,
+    scratch: &mut Scratch<S>,
+    sums: &Rows<'_, S::Acc>,
+) {
     let rows = layer.routing.of(expert);
     let first = segment * SEGMENT;
     let count = SEGMENT.min(layer.width - first);

@@ -37,19 +37,33 @@ pub struct Scratch<S: Arithmetic> {
 
 impl<S: Arithmetic> Default for Scratch<S> {
     fn default() -> Self {
-        Self { lines: Vec::new(), tokens: Vec::new(), active: Vec::new(), weights: Vec::new(), gate: Vec::new(), up: Vec::new() }
+        Self {
+            lines: Vec::new(),
+            tokens: Vec::new(),
+            active: Vec::new(),
+            weights: Vec::new(),
+            gate: Vec::new(),
+            up: Vec::new(),
+        }
     }
 }
 
 /// Panels of a block of tokens: (first row, rows, lanes).
 fn panels<S: Arithmetic>(rows: &Range<usize>) -> Vec<(usize, usize, usize)> {
     let width = S::panel();
-    let cut = |start: usize| (start, width.min(rows.end - start), width.min((rows.end - start).next_multiple_of(S::lanes())));
+    let cut =
+        |start: usize| (start, width.min(rows.end - start), width.min((rows.end - start).next_multiple_of(S::lanes())));
     rows.clone().step_by(width).map(cut).collect()
 }
 
 /// One task: all products of `rows` (rows of `expert`), into `sums`.
-pub fn run<S: Arithmetic>(layer: &Layer<'_>, expert: usize, rows: Range<usize>, scratch: &mut Scratch<S>, sums: &Rows<'_, S::Acc>) {
+pub fn run<S: Arithmetic>(
+    layer: &Layer<'_>,
+    expert: usize,
+    rows: Range<usize>,
+    scratch: &mut Scratch<S>,
+    sums: &Rows<'_, S::Acc>,
+) {
     let panels = panels::<S>(&rows);
     let (depth, hidden) = (S::units(layer.width), S::units(layer.hidden));
     let full = S::panel();
@@ -89,7 +103,8 @@ pub fn run<S: Arithmetic>(layer: &Layer<'_>, expert: usize, rows: Range<usize>, 
     let stride = line_stride(hidden);
     for first in (0..layer.width).step_by(lines::SEGMENT) {
         let segment = lines::SEGMENT.min(layer.width - first);
-        let mut targets: Vec<&mut [S::Acc]> = rows.clone().map(|row| sums.take(row * sums.per_row() + first / lines::SEGMENT)).collect();
+        let mut targets: Vec<&mut [S::Acc]> =
+            rows.clone().map(|row| sums.take(row * sums.per_row() + first / lines::SEGMENT)).collect();
         for start in (0..segment).step_by(FEATURES) {
             let count = FEATURES.min(segment - start);
             pack::compact(&Lines::all(matrix), first + start, count, stride, weights);
@@ -100,7 +115,8 @@ pub fn run<S: Arithmetic>(layer: &Layer<'_>, expert: usize, rows: Range<usize>, 
                 let outputs: Vec<usize> = (first + start..first + start + count).collect();
                 add_bias(gate, &outputs, width, |output| layer.down_bias::<S>(expert, output));
                 let place = row - rows.start;
-                let mut parts: Vec<&mut [S::Acc]> = targets[place..place + tokens].iter_mut().map(|target| &mut target[start..start + count]).collect();
+                let mut parts: Vec<&mut [S::Acc]> =
+                    targets[place..place + tokens].iter_mut().map(|target| &mut target[start..start + count]).collect();
                 table.unpack(gate, count, width, &mut parts);
             }
         }

@@ -78,19 +78,24 @@ fn typed<S: Float>(router: &Router<'_>, logits: Matrix<'_, S>, ids: ArrayMut<'_>
     let (ids, weights) = (ids.rows::<i32>(), weights.rows::<f32>());
     let (count, experts) = (logits.rows(), logits.cols());
     let failure = Mutex::new(None);
-    threads::for_each(count.div_ceil(TOKENS), count * experts < 1 << 14, || (vec![0.0; experts], Vec::new()), |task, (row, best)| {
-        for token in task * TOKENS..count.min((task + 1) * TOKENS) {
-            for (expert, value) in row.iter_mut().enumerate() {
-                *value = logits.at(token, expert).widen().f64();
-                if value.is_nan() {
-                    let error = Error::value("logits", "numbers", format!("NaN at token {token}, expert {expert}"));
-                    *failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(error);
-                    return;
+    threads::for_each(
+        count.div_ceil(TOKENS),
+        count * experts < 1 << 14,
+        || (vec![0.0; experts], Vec::new()),
+        |task, (row, best)| {
+            for token in task * TOKENS..count.min((task + 1) * TOKENS) {
+                for (expert, value) in row.iter_mut().enumerate() {
+                    *value = logits.at(token, expert).widen().f64();
+                    if value.is_nan() {
+                        let error = Error::value("logits", "numbers", format!("NaN at token {token}, expert {expert}"));
+                        *failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(error);
+                        return;
+                    }
                 }
+                one_token(router, row, best, ids.take(token), weights.take(token));
             }
-            one_token(router, row, best, ids.take(token), weights.take(token));
-        }
-    })?;
+        },
+    )?;
     failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).map_or(Ok(()), Err)
 }
 

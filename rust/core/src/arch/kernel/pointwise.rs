@@ -225,7 +225,12 @@ pub(crate) unsafe fn row_max<V: Vector>(row: *const V::Elem, factor: V::Elem, co
 /// # Safety
 /// `row` holds `count` elements.
 #[inline(always)]
-pub(crate) unsafe fn row_exp2<V: Vector>(row: *mut V::Elem, factor: V::Elem, reference: V::Elem, count: usize) -> V::Elem {
+pub(crate) unsafe fn row_exp2<V: Vector>(
+    row: *mut V::Elem,
+    factor: V::Elem,
+    reference: V::Elem,
+    count: usize,
+) -> V::Elem {
     // SAFETY: inside the row; the ragged end goes through a buffer of one register.
     unsafe {
         let (scale, minus) = (V::splat(factor), V::splat(-reference));

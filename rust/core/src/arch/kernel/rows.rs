@@ -28,12 +28,12 @@ pub(crate) struct Args<U, C> {
 }
 
 #[inline(always)]
-unsafe fn block<D: Dot<A = U, B = U>, U: Copy + Default, const XN: usize, const WN: usize>(
+unsafe fn block<D, U: Copy + Default, const XN: usize, const WN: usize>(
     args: &Args<U, <D::V as Vector>::Elem>,
     x0: usize,
     w0: usize,
 ) where
-    D: Dot<BReg = <D as Dot>::AReg>,
+    D: Dot<A = U, B = U, BReg = <D as Dot>::AReg>,
 {
     let lanes = D::V::LANES;
     // SAFETY: rows x0.. and w0.. with XN and WN of them exist (callers), each with `depth` units.
@@ -99,8 +99,7 @@ unsafe fn block<D: Dot<A = U, B = U>, U: Copy + Default, const XN: usize, const 
 #[inline(always)]
 pub(crate) unsafe fn rows<D, U: Copy + Default>(args: &Args<U, <D::V as Vector>::Elem>)
 where
-    D: Dot<A = U, B = U>,
-    D: Dot<BReg = <D as Dot>::AReg>,
+    D: Dot<A = U, B = U, BReg = <D as Dot>::AReg>,
 {
     // SAFETY: the loops stay inside x_rows and w_rows.
     unsafe {

@@ -36,7 +36,10 @@ pub(crate) struct Args<T> {
 /// # Safety
 /// As in [`Args`]; the machine must have the instructions of `V`.
 #[inline(always)]
-pub(crate) unsafe fn softmax<V: Vector>(args: &Args<V::Elem>, finish: impl Fn(&Args<V::Elem>, usize, V, V) -> V) -> bool {
+pub(crate) unsafe fn softmax<V: Vector>(
+    args: &Args<V::Elem>,
+    finish: impl Fn(&Args<V::Elem>, usize, V, V) -> V,
+) -> bool {
     let mut moved = false;
     // SAFETY: all addresses are inside the buffers described in `Args`.
     unsafe {

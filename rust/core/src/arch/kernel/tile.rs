@@ -84,7 +84,9 @@ unsafe fn strip<D: Dot, const MR: usize, const NV: usize, const AHEAD: isize>(
 
 /// All rows, in strips of at most `MAX`.
 #[inline(always)]
-unsafe fn strips<D: Dot, const NV: usize, const MAX: usize, const AHEAD: isize>(args: &Args<D::A, D::B, <D::V as Vector>::Elem>) {
+unsafe fn strips<D: Dot, const NV: usize, const MAX: usize, const AHEAD: isize>(
+    args: &Args<D::A, D::B, <D::V as Vector>::Elem>,
+) {
     let mut row = 0;
     // SAFETY: each strip stays inside `rows`.
     unsafe {
