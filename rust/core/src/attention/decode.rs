@@ -113,7 +113,7 @@ fn one_visit<S: Arithmetic>(
         factor = S::Acc::ONE;
     }
     if visit.partial {
-        schedule.mask(visit, scores, 1, visit.len);
+        schedule.mask(visit, scores, 1, visit.len, finish::blank(factor));
     }
     let mut partial =
         Partial { reference: vec![S::Acc::NEG_INFINITY; rows], normaliser: vec![S::Acc::ZERO; rows], sums: Vec::new() };

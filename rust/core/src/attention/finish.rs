@@ -3,6 +3,11 @@
 use crate::arch::Online;
 use crate::dtype::Real;
 
+/// The score that times `factor` is -inf: what a masked score becomes.
+pub fn blank<T: Real>(factor: T) -> T {
+    if factor < T::ZERO { -T::NEG_INFINITY } else { T::NEG_INFINITY }
+}
+
 /// Adds a sink to a row's state (log2 domain): returns the factor by which its accumulator must be multiplied.
 ///
 /// The reference moves up to the sink first, so a sink far above all scores does not overflow.

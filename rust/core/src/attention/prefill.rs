@@ -98,7 +98,7 @@ fn one_tile<S: Arithmetic>(
         let scores = &mut scores[..visit.len * width];
         S::tile(operands.keys(batch, key_head, visit.start, visit.len), queries, scores, width, false);
         if visit.partial {
-            schedule.mask(visit, scores, width, 1);
+            schedule.mask(visit, scores, width, 1, finish::blank(factor));
         }
         if S::online(scores, visit.len, width, factor, state, weights) {
             table.scale_rows(sums, size.value_dim, width, &state.alpha);

@@ -151,15 +151,15 @@ impl<'a> Schedule<'a> {
         self.rows[row].keeps(key, self.block_size)
     }
 
-    /// Writes -inf over the scores that a partial visit must not see: `scores[k * key_step + row * row_step]`.
-    pub fn mask<T: Real>(&self, visit: Visit, scores: &mut [T], key_step: usize, row_step: usize) {
+    /// Writes `blank` over the scores that a partial visit must not see: `scores[k * key_step + row * row_step]`.
+    pub fn mask<T: Real>(&self, visit: Visit, scores: &mut [T], key_step: usize, row_step: usize, blank: T) {
         for (r, row) in self.rows.iter().enumerate() {
             let simple = row.blocks.is_empty() && row.mask.is_none() && row.strided.is_none();
             for k in 0..visit.len {
                 let key = visit.start + k;
                 let keep = if simple { row.keys.contains(&key) } else { row.keeps(key, self.block_size) };
                 if !keep {
-                    scores[k * key_step + r * row_step] = T::NEG_INFINITY;
+                    scores[k * key_step + r * row_step] = blank;
                 }
             }
         }
