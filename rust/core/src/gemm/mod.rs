@@ -10,7 +10,7 @@
 //!     copy the block's rows compactly
 //!     for each panel: C block = tile(A block, panel)
 //! ```
-//! Departures: (1) a reduction longer than [`DEPTH`] is cut, so that a panel stays in the second-level cache;
+//! Departures: (1) the reduction is cut into chunks whose piece of a panel stays in the first-level cache ([`accumulate`]);
 //! (2) few rows of A against adjacent lines of B^T go through the memory-bound kernel and pack nothing;
 //! (3) B is packed in pieces of at most [`PACKED_BYTES`].
 
@@ -27,8 +27,8 @@ use arithmetic::Arithmetic;
 use half::{bf16, f16};
 use pack::Lines;
 
-/// Elements of the reduction that one pass covers.
-const DEPTH: usize = 2048;
+/// Size of the piece of a panel that strips share.
+const CHUNK_BYTES: usize = 24 << 10;
 /// Rows of A in a task.
 const ROWS: usize = 96;
 /// Up to this many rows of A the memory-bound kernel is used.
@@ -155,14 +155,8 @@ fn panels<S: Arithmetic, O: Float<Acc = S::Acc>>(
             let mut targets: Vec<&mut [O]> = (0..rows).map(|r| out.take(number(r))).collect();
             for panel in (segment * per_segment..(segment + 1) * per_segment).take_while(|&panel| panel < count) {
                 let from = panel * units * width;
-                for start in (0..units.max(1)).step_by(DEPTH) {
-                    let end = units.min(start + DEPTH);
-                    let left = Matrix::new(lines, rows, units, stride).part(0..rows, start..end);
-                    let right =
-                        Matrix::new(&packed[from + start * width..from + end * width], end - start, width, width);
-                    S::tile(left, right, block, width, start > 0);
-                }
-                let at = panel * width - segment * SEGMENT;
+                accumulate::<S>(Matrix::new(lines, rows, units, stride), &packed[from..from + units * width], block, width);
+            let at = panel * width - segment * SEGMENT;
                 for (target, line) in targets.iter_mut().zip(block.chunks(width)) {
                     let end = target.len().min(at + width);
                     for (value, sum) in target[at.min(end)..end].iter_mut().zip(line) {
@@ -172,6 +166,23 @@ fn panels<S: Arithmetic, O: Float<Acc = S::Acc>>(
             }
         },
     )
+}
+
+/// `block = A * panel`, chunk by chunk along the reduction: the piece of the panel that all strips of A read stays in the
+/// first-level cache. Rows of `block` are `width` apart, as are those of the panel.
+pub(crate) fn accumulate<S: Arithmetic>(a: Matrix<'_, S::Unit>, panel: &[S::Unit], block: &mut [S::Acc], width: usize) {
+    let units = a.cols();
+    let chunk = (CHUNK_BYTES / (width * size_of::<S::Unit>())).max(16);
+    let mut start = 0;
+    loop {
+        let end = units.min(start + chunk);
+        let piece = Matrix::new(&panel[start * width..], end - start, width, width);
+        S::tile(a.part(0..a.rows(), start..end), piece, block, width, start > 0);
+        start = end;
+        if start >= units {
+            break;
+        }
+    }
 }
 
 /// Few rows of A against the lines of B^T, each read once.

@@ -15,6 +15,7 @@ use super::layer::Layer;
 use super::lines;
 use crate::arch::Kernel;
 use crate::dtype::Real;
+use crate::gemm::accumulate;
 use crate::gemm::arithmetic::Arithmetic;
 use crate::gemm::pack::{self, Lines, line_stride};
 use crate::view::{Matrix, Rows};
@@ -87,11 +88,11 @@ pub fn run<S: Arithmetic>(
         pack::compact(&Lines::gathered(matrix, &all), 0, all.len(), stride, weights);
         let copied = Matrix::new(weights, all.len(), depth, stride);
         for (p, &(_, _, width)) in panels.iter().enumerate() {
-            let panel = Matrix::new(&tokens[p * full * depth..], depth, width, width);
-            S::tile(copied.part(0..count, 0..depth), panel, gate, width, false);
+            let panel = &tokens[p * full * depth..][..depth * width];
+            accumulate::<S>(copied.part(0..count, 0..depth), panel, gate, width);
             add_bias(gate, &gates, width, |row| layer.gate_up_bias::<S>(expert, row));
             if !ups.is_empty() {
-                S::tile(copied.part(count..2 * count, 0..depth), panel, up, width, false);
+                accumulate::<S>(copied.part(count..2 * count, 0..depth), panel, up, width);
                 add_bias(up, &ups, width, |row| layer.gate_up_bias::<S>(expert, row));
             }
             let block = count * width;
@@ -110,8 +111,7 @@ pub fn run<S: Arithmetic>(
             pack::compact(&Lines::all(matrix), first + start, count, stride, weights);
             let copied = Matrix::new(weights, count, hidden, stride);
             for (p, &(row, tokens, width)) in panels.iter().enumerate() {
-                let panel = Matrix::new(&active[p * full * hidden..], hidden, width, width);
-                S::tile(copied, panel, gate, width, false);
+                accumulate::<S>(copied, &active[p * full * hidden..][..hidden * width], gate, width);
                 let outputs: Vec<usize> = (first + start..first + start + count).collect();
                 add_bias(gate, &outputs, width, |output| layer.down_bias::<S>(expert, output));
                 let place = row - rows.start;
