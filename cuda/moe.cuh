@@ -1,6 +1,6 @@
 // The moe room on the device: choose experts (route), add their outputs up (aggregate).
 //
-// Templates over raw pointers. A kernel is one TILEWISE_MOE_* line of a stub, which names an instantiation.
+// Templates over raw pointers. A kernel is one INSTANTIATE_MOE_* line of a stub, which names an instantiation.
 #pragma once
 
 #include "common/index.cuh"
@@ -218,7 +218,7 @@ __device__ __forceinline__ void aggregate(T* __restrict__ out, i64 out_stride, c
 }  // namespace tilewise
 
 // Instantiations. The parameters stand here, beside the code they belong to; a stub only names, types and sizes.
-#define TILEWISE_MOE_ROUTE(NAME, TYPE, GROUPS, WARPS)                                                                 \
+#define INSTANTIATE_MOE_ROUTE(NAME, TYPE, GROUPS, WARPS)                                                              \
     extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                          \
         NAME(int* ids, float* weights, const TYPE* logits, long long stride, const float* bias, long long tokens,     \
              int experts, int top_k, int scoring, int renormalise, float scale) {                                     \
@@ -226,7 +226,7 @@ __device__ __forceinline__ void aggregate(T* __restrict__ out, i64 out_stride, c
                                                   scoring, renormalise, scale);                                       \
     }
 
-#define TILEWISE_MOE_AGGREGATE(NAME, TYPE, WIDTH, THREADS)                                                            \
+#define INSTANTIATE_MOE_AGGREGATE(NAME, TYPE, WIDTH, THREADS)                                                         \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                             \
         NAME(TYPE* out, long long out_stride, const TYPE* y, long long y_stride, long long y_rows, const int* rows,   \
              const float* weights, long long tokens, int top_k, long long columns) {                                  \

@@ -239,7 +239,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_kernel_that_does_not_compile_says_why() -> None:
-    broken = Kernel("broken", "moe.cuh", "TILEWISE_MOE_ROUTE(broken, tilewise::f8, 1, 4)\n")
+    broken = Kernel("broken", "moe.cuh", "INSTANTIATE_MOE_ROUTE(broken, tilewise::f8, 1, 4)\n")
     with pytest.raises(KernelError, match=r"NVRTC \d+\.\d+ cannot compile broken for sm_80: [^$]*f8") as caught:
         cubin(broken, "sm_80")
     assert len(str(caught.value).splitlines()) <= 42

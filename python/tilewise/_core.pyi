@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol, TypedDict, final, type_check_only
 __all__ = [
     "attention",
     "build_info",
+    "cuda_files",
+    "cuda_source",
     "experts",
     "force_isa",
     "isa_chosen",

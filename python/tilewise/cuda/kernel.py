@@ -24,7 +24,7 @@ class Kernel:
         stub: the text that instantiates it, appended to the entry.
 
     Example:
-        >>> Kernel("tilewise_moe_route_f32_1", "moe.cuh", "TILEWISE_MOE_ROUTE(...)").entry
+        >>> Kernel("tilewise_moe_route_f32_1", "moe.cuh", "INSTANTIATE_MOE_ROUTE(...)").entry
         'moe.cuh'
     """
 

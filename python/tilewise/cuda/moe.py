@@ -38,13 +38,13 @@ _SCORINGS = {
 
 def _route_kernel(dtype: str, groups: int) -> Kernel:
     name = f"tilewise_moe_route_{TYPES[dtype]}_{groups}"
-    stub = f"TILEWISE_MOE_ROUTE({name}, tilewise::{TYPES[dtype]}, {groups}, {_ROUTE_WARPS[groups]})\n"
+    stub = f"INSTANTIATE_MOE_ROUTE({name}, tilewise::{TYPES[dtype]}, {groups}, {_ROUTE_WARPS[groups]})\n"
     return Kernel(name, "moe.cuh", stub)
 
 
 def _aggregate_kernel(dtype: str, width: int) -> Kernel:
     name = f"tilewise_moe_aggregate_{TYPES[dtype]}_{width}"
-    stub = f"TILEWISE_MOE_AGGREGATE({name}, tilewise::{TYPES[dtype]}, {width}, {_AGGREGATE_THREADS})\n"
+    stub = f"INSTANTIATE_MOE_AGGREGATE({name}, tilewise::{TYPES[dtype]}, {width}, {_AGGREGATE_THREADS})\n"
     return Kernel(name, "moe.cuh", stub)
 
 
