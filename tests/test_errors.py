@@ -24,11 +24,14 @@ import tilewise
 from tilewise import _core, errors
 from tilewise import speculation as spec
 from tilewise.attention import attention
+from tilewise.cuda import moe as cuda_moe
+from tilewise.cuda.compile import compile_text
 from tilewise.errors import (
     ArgumentError,
     DeviceError,
     DtypeError,
     InternalError,
+    KernelError,
     MissingExtraError,
     ModelNotFoundError,
     ShapeError,
@@ -60,6 +63,7 @@ BUILTINS: dict[type[Exception], type[Exception]] = {
     DeviceError: RuntimeError,
     DtypeError: TypeError,
     InternalError: RuntimeError,
+    KernelError: RuntimeError,
     MissingExtraError: ImportError,
     ModelNotFoundError: FileNotFoundError,
     ShapeError: ValueError,
@@ -513,6 +517,13 @@ OTHERS = [
         lambda: hf_models.load_pair("/no/such/model"),
         ModelNotFoundError,
         ("target", "'/no/such/model'", "does not exist"),
+    ),
+    Row("a CPU array on the GPU's floor", lambda: cuda_moe.route(LOGITS, 2), DeviceError, ("logits:", "numpy", "CuPy")),
+    Row(
+        "a kernel that does not compile",
+        lambda: compile_text("broken", "sm_90a", "name"),
+        KernelError if sys.platform == "linux" else MissingExtraError,
+        ("name", "sm_90a", "error") if sys.platform == "linux" else ("tilewise[cuda13]",),
     ),
     Row("no model in it", empty_directory, ModelNotFoundError, ("config.json", "directory")),
     Row("another vocabulary", foreign_draft, VocabularyError, ("300 tokens", "256", "same model family")),

@@ -11,6 +11,7 @@ __all__ = [
     "DeviceError",
     "DtypeError",
     "InternalError",
+    "KernelError",
     "MissingExtraError",
     "ModelNotFoundError",
     "ShapeError",
@@ -54,6 +55,10 @@ class ModelNotFoundError(TilewiseError, FileNotFoundError):
 
 class MissingExtraError(TilewiseError, ImportError):
     """An optional dependency is needed and not installed."""
+
+
+class KernelError(TilewiseError, RuntimeError):
+    """A CUDA kernel cannot be built, or may not be built now."""
 
 
 class InternalError(TilewiseError, RuntimeError):

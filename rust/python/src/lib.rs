@@ -2,6 +2,7 @@
 //!
 //! * [`arrays`]: arrays in and out (DLPack), nothing else knows the layout of foreign memory;
 //! * [`door`]: the one way into the core (detach, catch panics and Ctrl-C, map errors);
+//! * [`cuda`]: device sources, embedded and flattened, for Python to compile;
 //! * the rooms: convert arguments, enter, return. No mathematics and no defaults live here.
 //!
 //! The core's buffers never become user-visible arrays: callers allocate outputs.
@@ -9,6 +10,7 @@
 mod arrays;
 mod attention;
 mod config;
+mod cuda;
 mod door;
 mod gemm;
 mod moe;
@@ -20,6 +22,7 @@ use pyo3::prelude::*;
 #[pymodule(gil_used = false)]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     config::register(module)?;
+    cuda::register(module)?;
     gemm::register(module)?;
     attention::register(module)?;
     moe::register(module)?;

@@ -1,0 +1,2 @@
+// Everything under cuda/: what an editor indexes, and what the compile gate compiles with every registered stub.
+#include "moe.cuh"

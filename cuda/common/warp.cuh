@@ -1,0 +1,31 @@
+// What the 32 lanes of a warp do together. All lanes must arrive; every lane gets the result.
+#pragma once
+
+#include "types.cuh"
+
+namespace tilewise {
+
+constexpr i32 WARP = 32;
+constexpr u32 ALL_LANES = 0xffffffffu;
+
+__device__ __forceinline__ i32 lane_id() { return static_cast<i32>(threadIdx.x) % WARP; }
+
+// One instruction each from sm_80 on.
+__device__ __forceinline__ u32 warp_max(u32 x) { return __reduce_max_sync(ALL_LANES, x); }
+__device__ __forceinline__ u32 warp_min(u32 x) { return __reduce_min_sync(ALL_LANES, x); }
+
+// The xor tree adds in the same order for every lane, so all lanes hold the same bits.
+__device__ __forceinline__ f32 warp_sum(f32 x) {
+#pragma unroll
+    for (i32 step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+    return x;
+}
+
+// NaN is passed over: the largest number, or -inf.
+__device__ __forceinline__ f32 warp_max(f32 x) {
+#pragma unroll
+    for (i32 step = WARP / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
+    return x;
+}
+
+}  // namespace tilewise
