@@ -180,6 +180,15 @@ unsafe impl Half for F32x8 {
         }
     }
     #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
+        unsafe {
+            let upper = _mm256_srli_epi32::<16>(round_bf16(self.0));
+            // The pack works on 128-bit halves: bring its two useful quarters together.
+            let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(upper, upper));
+            _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(packed));
+        }
+    }
+    #[inline(always)]
     unsafe fn store_pairs(low: Self, high: Self, to: *mut u32) {
         unsafe {
             let (low, high) = (round_bf16(low.0), round_bf16(high.0));

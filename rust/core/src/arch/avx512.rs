@@ -165,6 +165,13 @@ unsafe impl Half for F32x16 {
         }
     }
     #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
+        unsafe {
+            let upper = _mm512_srli_epi32::<16>(round_bf16(self.0));
+            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(upper));
+        }
+    }
+    #[inline(always)]
     unsafe fn store_pairs(low: Self, high: Self, to: *mut u32) {
         unsafe {
             let (low, high) = (round_bf16(low.0), round_bf16(high.0));

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use std::sync::atomic::{AtomicU8, Ordering};
 
 pub use kernel::pointwise::Activation;
-pub use table::{HalfTable, Kernel, Online, Table, half_table};
+pub use table::{HalfTable, Kernel, Online, Round, Table, half_table};
 
 /// Instruction-set levels, weakest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

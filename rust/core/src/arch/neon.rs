@@ -157,6 +157,16 @@ unsafe impl Half for F32x4x2 {
         }
     }
     #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
+        let mut lanes = [0f32; 8];
+        unsafe {
+            self.store(lanes.as_mut_ptr());
+            for (i, lane) in lanes.into_iter().enumerate() {
+                to.add(i).write_unaligned(half::bf16::from_f32(lane).to_bits());
+            }
+        }
+    }
+    #[inline(always)]
     unsafe fn store_pairs(low: Self, high: Self, to: *mut u32) {
         let (mut a, mut b) = ([0f32; 8], [0f32; 8]);
         unsafe {

@@ -126,6 +126,11 @@ unsafe impl Half for Lanes<f32, 8> {
         Self(raw.map(|bits| f32::from_bits(u32::from(bits) << 16)))
     }
     #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
+        // SAFETY: N writable elements (trait contract).
+        unsafe { to.cast::<[u16; 8]>().write_unaligned(self.0.map(|x| half::bf16::from_f32(x).to_bits())) }
+    }
+    #[inline(always)]
     unsafe fn store_pairs(low: Self, high: Self, to: *mut u32) {
         let round = |x: f32| u32::from(half::bf16::from_f32(x).to_bits());
         let pairs: [u32; 8] = std::array::from_fn(|i| round(low.0[i]) | (round(high.0[i]) << 16));

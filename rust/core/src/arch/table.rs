@@ -10,7 +10,7 @@ use super::kernel::{pack, rows, softmax, tile};
 use super::vector::{Pairs, Plain, Vector, Widen};
 use super::{Level, level, scalar};
 
-use crate::dtype::Real;
+use crate::dtype::{Float, Real};
 use crate::view::Matrix;
 
 /// Rows of B that a streaming product asks for in advance.
@@ -42,6 +42,7 @@ pub struct HalfTable {
     rows: unsafe fn(&rows::Args<u32, f32>),
     softmax: unsafe fn(&softmax::Args<f32>) -> bool,
     interleave: unsafe fn(*const f32, usize, usize, *mut u32),
+    round: unsafe fn(*const f32, *mut u16, usize),
 }
 
 /// The state of an online softmax: one entry a lane.
@@ -307,6 +308,13 @@ impl HalfTable {
         unsafe { (self.softmax)(&softmax_args(self.lanes, scores, rows, width, factor, state, pairs)) }
     }
 
+    /// Rounds a row to bfloat16 (nearest even; NaN stays NaN).
+    pub fn round(&self, from: &[f32], to: &mut [half::bf16]) {
+        assert_eq!(from.len(), to.len());
+        // SAFETY: extents checked; `bf16` is a transparent `u16`; level as in `Table`.
+        unsafe { (self.round)(from.as_ptr(), to.as_mut_ptr().cast(), from.len()) }
+    }
+
     /// Rounds a lane-major block to bfloat16 pairs of rows.
     pub fn interleave(&self, block: &[f32], rows: usize, width: usize, pairs: &mut [u32]) {
         assert!(
@@ -317,8 +325,39 @@ impl HalfTable {
     }
 }
 
+/// Types that accumulators are rounded to.
+pub trait Round: Float {
+    /// Rounds a row of accumulators (nearest even); rows of one length.
+    fn round(from: &[Self::Acc], to: &mut [Self]);
+}
+
+impl Round for f32 {
+    fn round(from: &[f32], to: &mut [f32]) {
+        to.copy_from_slice(from);
+    }
+}
+
+impl Round for f64 {
+    fn round(from: &[f64], to: &mut [f64]) {
+        to.copy_from_slice(from);
+    }
+}
+
+impl Round for half::f16 {
+    fn round(from: &[f32], to: &mut [half::f16]) {
+        use half::slice::HalfFloatSliceExt;
+        to.convert_from_f32_slice(from);
+    }
+}
+
+impl Round for half::bf16 {
+    fn round(from: &[f32], to: &mut [half::bf16]) {
+        half_table().round(from, to);
+    }
+}
+
 /// Floating-point types that have kernels.
-pub trait Kernel: Real {
+pub trait Kernel: Real + Round {
     /// The table of the level in use.
     fn table() -> &'static Table<Self>;
 }
@@ -432,7 +471,13 @@ macro_rules! half_table {
                 // SAFETY: as above.
                 unsafe { pointwise::interleave::<V>(block, rows, width, pairs) }
             }
+            $(#[$gate])*
+            unsafe fn round_entry(from: *const f32, to: *mut u16, count: usize) {
+                // SAFETY: as above.
+                unsafe { pointwise::round::<V>(from, to, count) }
+            }
             pub static TABLE: HalfTable = HalfTable {
+                round: round_entry,
                 lanes: <V as Vector>::LANES,
                 registers: $registers,
                 tile: tile_entry,

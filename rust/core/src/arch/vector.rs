@@ -171,6 +171,8 @@ pub(crate) unsafe trait Half: Vector<Elem = f32> {
     unsafe fn load_high(from: *const u32) -> Self;
     /// `LANES` bfloat16 elements, widened.
     unsafe fn load_bf16(from: *const u16) -> Self;
+    /// Rounds a register to bfloat16 and stores `LANES` elements.
+    unsafe fn store_bf16(self, to: *mut u16);
     /// Rounds two registers to bfloat16 (nearest even, NaN kept) and stores them as `LANES` pairs.
     unsafe fn store_pairs(low: Self, high: Self, to: *mut u32);
 }

@@ -178,9 +178,7 @@ fn write<S: Arithmetic>(
     let mut rows: Vec<&mut [S::Acc]> = wide.chunks_mut(size.value_dim).take(count).collect();
     table.unpack(sums, size.value_dim, width, &mut rows);
     for (lane, row) in rows.iter().enumerate() {
-        for (value, sum) in out.take(number(lane)).iter_mut().zip(row.iter()) {
-            *value = S::narrow(*sum);
-        }
+        S::round(row, out.take(number(lane)));
     }
 }
 

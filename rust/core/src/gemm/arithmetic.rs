@@ -9,13 +9,13 @@
 //! | bf16 | two bf16 in 32 bits | f32 | dot-product unit, or two fused multiply-adds |
 //! | f16 | f32 (converted) | f32 | fused multiply-add |
 
-use crate::arch::{Kernel, Online, half_table};
+use crate::arch::{Kernel, Online, Round, half_table};
 use crate::dtype::{Float, Real};
 use crate::view::Matrix;
 use half::{bf16, f16};
 
 /// A source type with its way to multiply.
-pub trait Arithmetic: Float<Acc: Kernel> {
+pub trait Arithmetic: Round + Float<Acc: Kernel> {
     /// What one step along the reduction reads.
     type Unit: Copy + Default + Send + Sync + 'static;
     /// Elements in a unit.
@@ -78,7 +78,13 @@ macro_rules! plain {
             const PER_UNIT: usize = 1;
 
             fn copy(line: Matrix<'_, $t>, units: &mut [$t]) {
-                copy_line(line, units, |x| x);
+                match line.row(0) {
+                    Some(row) => {
+                        units[..row.len()].copy_from_slice(row);
+                        units[row.len()..].fill(0.0);
+                    }
+                    None => copy_line(line, units, |x| x),
+                }
             }
             fn borrow(matrix: Matrix<'_, $t>) -> Option<Matrix<'_, $t>> {
                 Some(matrix)
@@ -96,7 +102,7 @@ macro_rules! plain {
                 units[..rows * width].copy_from_slice(&block[..rows * width]);
             }
             fn stack(rows: Matrix<'_, $t>, units: &mut [$t]) {
-                copy_line(rows, units, |x| x);
+                <Self as Arithmetic>::copy(rows, units);
             }
             fn online(
                 scores: &mut [$t],
@@ -179,6 +185,11 @@ impl Arithmetic for bf16 {
     const PER_UNIT: usize = 2;
 
     fn copy(line: Matrix<'_, bf16>, units: &mut [u32]) {
+        if let Some(row) = line.pairs().and_then(|pairs| pairs.row(0)) {
+            units[..row.len()].copy_from_slice(row);
+            units[row.len()..].fill(0);
+            return;
+        }
         let pair = |low: bf16, high: bf16| u32::from(low.to_bits()) | (u32::from(high.to_bits()) << 16);
         let whole = line.cols() / 2;
         if let Some(row) = line.row(0) {

@@ -19,7 +19,8 @@ pub mod pack;
 #[cfg(test)]
 mod tests;
 
-use crate::dtype::{Dtype, Element, Float, Real};
+use crate::arch::Round;
+use crate::dtype::{Dtype, Element, Real};
 use crate::error::{Error, Result};
 use crate::threads;
 use crate::view::{Array, ArrayMut, Matrix, Rows};
@@ -35,6 +36,8 @@ const ROWS: usize = 96;
 const FEW_ROWS: usize = 8;
 /// Columns in a task of the memory-bound kernel, and in an output segment.
 const SEGMENT: usize = 192;
+/// Segments in a task.
+const SEGMENTS: usize = 8;
 /// Size of the packed part of B.
 const PACKED_BYTES: usize = 64 << 20;
 /// Below this many multiplications nobody is woken up.
@@ -98,7 +101,7 @@ fn typed_out<S: Arithmetic>(a: &Array<'_>, b: &Array<'_>, gather: Option<&[usize
     }
 }
 
-fn product<S: Arithmetic, O: Float<Acc = S::Acc>>(a: Lines<'_, S>, b: Matrix<'_, S>, out: &Rows<'_, O>) -> Result<()> {
+fn product<S: Arithmetic, O: Round<Acc = S::Acc>>(a: Lines<'_, S>, b: Matrix<'_, S>, out: &Rows<'_, O>) -> Result<()> {
     let (m, n, depth) = (a.len(), b.cols(), b.rows());
     if m == 0 || n == 0 {
         return Ok(());
@@ -118,7 +121,7 @@ fn product<S: Arithmetic, O: Float<Acc = S::Acc>>(a: Lines<'_, S>, b: Matrix<'_,
 }
 
 /// One piece of B: pack it, then multiply every block of rows with every segment of columns.
-fn panels<S: Arithmetic, O: Float<Acc = S::Acc>>(
+fn panels<S: Arithmetic, O: Round<Acc = S::Acc>>(
     a: &Lines<'_, S>,
     b: &Lines<'_, S>,
     columns: std::ops::Range<usize>,
@@ -140,27 +143,30 @@ fn panels<S: Arithmetic, O: Float<Acc = S::Acc>>(
     }
     let segments = columns.len().div_ceil(SEGMENT);
     let per_segment = SEGMENT / width.min(SEGMENT);
+    // A copied block of rows serves several segments: the copy costs as much as a few columns.
+    let groups = segments.div_ceil(SEGMENTS);
     let stride = pack::line_stride(units);
     let blocks = a.len().div_ceil(ROWS);
     threads::for_each(
-        blocks * segments,
+        blocks * groups,
         serial,
         || (Vec::new(), Vec::new()),
         |task, (lines, block)| {
-            let (row, segment) = (task / segments * ROWS, task % segments);
+            let (row, group) = (task / groups * ROWS, task % groups);
             let rows = ROWS.min(a.len() - row);
             pack::compact(a, row, rows, stride, lines);
             block.resize((ROWS * width).max(block.len()), S::Acc::ZERO);
-            let number = |r: usize| (row + r) * out.per_row() + columns.start / SEGMENT + segment;
-            let mut targets: Vec<&mut [O]> = (0..rows).map(|r| out.take(number(r))).collect();
-            for panel in (segment * per_segment..(segment + 1) * per_segment).take_while(|&panel| panel < count) {
-                let from = panel * units * width;
-                accumulate::<S>(Matrix::new(lines, rows, units, stride), &packed[from..from + units * width], block, width);
-            let at = panel * width - segment * SEGMENT;
-                for (target, line) in targets.iter_mut().zip(block.chunks(width)) {
-                    let end = target.len().min(at + width);
-                    for (value, sum) in target[at.min(end)..end].iter_mut().zip(line) {
-                        *value = O::narrow(*sum);
+            let left = Matrix::new(lines, rows, units, stride);
+            for segment in group * SEGMENTS..segments.min((group + 1) * SEGMENTS) {
+                let number = |r: usize| (row + r) * out.per_row() + columns.start / SEGMENT + segment;
+                let mut targets: Vec<&mut [O]> = (0..rows).map(|r| out.take(number(r))).collect();
+                for panel in (segment * per_segment..(segment + 1) * per_segment).take_while(|&panel| panel < count) {
+                    accumulate::<S>(left, &packed[panel * units * width..][..units * width], block, width);
+                    let at = panel * width - segment * SEGMENT;
+                    for (target, line) in targets.iter_mut().zip(block.chunks(width)) {
+                        let end = target.len().min(at + width);
+                        let part = &mut target[at.min(end)..end];
+                        O::round(&line[..part.len()], part);
                     }
                 }
             }
@@ -186,7 +192,7 @@ pub(crate) fn accumulate<S: Arithmetic>(a: Matrix<'_, S::Unit>, panel: &[S::Unit
 }
 
 /// Few rows of A against the lines of B^T, each read once.
-fn few_rows<S: Arithmetic, O: Float<Acc = S::Acc>>(
+fn few_rows<S: Arithmetic, O: Round<Acc = S::Acc>>(
     a: Lines<'_, S>,
     b: Matrix<'_, S>,
     out: &Rows<'_, O>,
@@ -208,9 +214,8 @@ fn few_rows<S: Arithmetic, O: Float<Acc = S::Acc>>(
             sums.resize(m * SEGMENT, S::Acc::ZERO);
             inner_products::<S>(left, part, scratch, sums, SEGMENT);
             for (r, line) in sums.chunks(SEGMENT).enumerate().take(m) {
-                for (value, sum) in out.take(r * out.per_row() + segment).iter_mut().zip(line) {
-                    *value = O::narrow(*sum);
-                }
+                let target = out.take(r * out.per_row() + segment);
+            O::round(&line[..target.len()], target);
             }
         },
     )

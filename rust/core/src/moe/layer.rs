@@ -272,9 +272,7 @@ fn aggregate<S: Arithmetic>(
                         table.add_scaled(sum, &sums[row * width..(row + 1) * width], scores[pair]);
                     }
                 }
-                for (value, sum) in out.take(token).iter_mut().zip(sum.iter()) {
-                    *value = S::narrow(*sum);
-                }
+                S::round(sum, out.take(token));
             }
         },
     )

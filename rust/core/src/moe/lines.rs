@@ -68,9 +68,8 @@ pub fn first_product<S: Arithmetic>(
     }
     S::Acc::table().activation(layer.weights.activation, gate, (!ups.is_empty()).then_some(&up[..]));
     for (line, row) in gate.chunks(padded).zip(rows) {
-        for (value, &sum) in hidden.take(row * hidden.per_row() + segment).iter_mut().zip(line) {
-            *value = S::narrow(sum);
-        }
+        let target = hidden.take(row * hidden.per_row() + segment);
+        S::round(&line[..target.len()], target);
     }
 }
 

@@ -22,7 +22,7 @@ use crate::view::{Matrix, Rows};
 use std::ops::Range;
 
 /// Tokens in a task.
-pub const ROWS: usize = 192;
+pub const ROWS: usize = 288;
 /// Features or outputs whose weights are copied at a time.
 const FEATURES: usize = 48;
 

@@ -152,6 +152,29 @@ pub(crate) unsafe fn interleave<V: Half>(block: *const f32, rows: usize, width: 
     }
 }
 
+/// Rounds `count` elements to bfloat16.
+///
+/// # Safety
+/// Both pointers hold `count` elements.
+#[inline(always)]
+pub(crate) unsafe fn round<V: Half>(from: *const f32, to: *mut u16, count: usize) {
+    // SAFETY: inside both rows; the ragged end goes through a buffer of one register.
+    unsafe {
+        let whole = count / V::LANES * V::LANES;
+        let mut i = 0;
+        while i < whole {
+            V::load(from.add(i)).store_bf16(to.add(i));
+            i += V::LANES;
+        }
+        if whole < count {
+            let (mut lanes, mut rounded) = ([0f32; 16], [0u16; 16]);
+            std::ptr::copy_nonoverlapping(from.add(whole), lanes.as_mut_ptr(), count - whole);
+            V::load(lanes.as_ptr()).store_bf16(rounded.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(rounded.as_ptr(), to.add(whole), count - whole);
+        }
+    }
+}
+
 /// `row[lane] *= factor[lane]` for every row of a lane-major block.
 ///
 /// # Safety
