@@ -1,16 +1,18 @@
 //! Inner products along the reduction: few rows against many. Bound by the memory that holds the many.
 //!
 //! ```text
-//! for each group of 4 rows w of W, each group of 4 rows x of X:
-//!     out[x, w] = sum over k of X[x, k] * W[w, k]     (16 accumulators, lanes along k)
+//! for each 16 rows of W, each group of up to 4 rows x of X:
+//!     for each row w: out[x, w] = sum over k of X[x, k] * W[w, k]        (lanes along k)
 //! ```
-//! W is read once per call as long as 4 of its rows fit the first-level cache. Both operands have `depth` units per
+//! Departures: (1) one row of W at a time, so that memory sees one stream in order (four streams side by side reached
+//! 60 % of the bandwidth that one reaches); (2) sixteen horizontal sums are done together. W is read from memory once as
+//! long as 16 of its rows fit the second-level cache. Both operands have `depth` units per
 //! row; a ragged end is copied to a zeroed buffer, since nothing may be read past a row's end.
 
 use crate::arch::vector::{Dot, Vector};
 use crate::dtype::Real;
 
-/// How far ahead of the products W is asked for.
+/// How far ahead of the products W is asked for, along its own memory: rows usually follow each other.
 const AHEAD_BYTES: usize = 8192;
 
 /// What one call multiplies; strides count units.
@@ -38,56 +40,83 @@ unsafe fn block<D, U: Copy + Default, const XN: usize, const WN: usize>(
     let lanes = D::V::LANES;
     // SAFETY: rows x0.. and w0.. with XN and WN of them exist (callers), each with `depth` units.
     unsafe {
-        let mut acc = [[D::V::splat(Real::of(0.0)); WN]; XN];
+        let zero = D::V::splat(Real::of(0.0));
+        let mut registers = [zero; 16];
         let x = args.x.offset(x0 as isize * args.x_row);
-        let w = args.w.offset(w0 as isize * args.w_row);
         let whole = args.depth / lanes * lanes;
-        // Far enough to hide the memory's latency, near enough to still be in the first-level cache when its turn comes.
-        let ahead = WN * (AHEAD_BYTES / (WN * args.depth.max(1) * size_of::<U>())).max(1);
-        let mut k = 0;
-        while k < whole {
-            for j in 0..WN {
-                // The next group of W: what bounds this loop is the memory W comes from.
-                D::V::prefetch(w.wrapping_offset((ahead + j) as isize * args.w_row).wrapping_add(k));
+        for j in 0..WN {
+            let w = args.w.offset((w0 + j) as isize * args.w_row);
+            // Two sums per product, so that neighbouring steps do not wait for each other.
+            let mut acc = [[zero; 2]; XN];
+            let mut k = 0;
+            while k + 2 * lanes <= whole {
+                for half in 0..2 {
+                    let at = k + half * lanes;
+                    D::V::prefetch(w.wrapping_byte_add(AHEAD_BYTES).wrapping_add(at));
+                    let wk = D::load_b(w.add(at));
+                    for i in 0..XN {
+                        let xk = D::load_b(x.offset(i as isize * args.x_row).add(at));
+                        acc[i][half] = D::fma(xk, wk, acc[i][half]);
+                    }
+                }
+                k += 2 * lanes;
             }
-            let mut wk = [D::load_b(w.add(k)); WN];
-            for j in 1..WN {
-                wk[j] = D::load_b(w.offset(j as isize * args.w_row).add(k));
-            }
-            for i in 0..XN {
-                let xk = D::load_b(x.offset(i as isize * args.x_row).add(k));
-                for j in 0..WN {
-                    acc[i][j] = D::fma(xk, wk[j], acc[i][j]);
+            if k < whole {
+                let wk = D::load_b(w.add(k));
+                for i in 0..XN {
+                    acc[i][0] = D::fma(D::load_b(x.offset(i as isize * args.x_row).add(k)), wk, acc[i][0]);
                 }
             }
-            k += lanes;
-        }
-        let rest = args.depth - whole;
-        if rest > 0 {
-            let tail = |row: *const U| {
-                let mut units = [U::default(); 16];
-                std::ptr::copy_nonoverlapping(row.add(whole), units.as_mut_ptr(), rest);
-                D::load_b(units.as_ptr())
-            };
-            for i in 0..XN {
-                let xk = tail(x.offset(i as isize * args.x_row));
-                for j in 0..WN {
-                    acc[i][j] = D::fma(xk, tail(w.offset(j as isize * args.w_row)), acc[i][j]);
+            let rest = args.depth - whole;
+            if rest > 0 {
+                let tail = |row: *const U| {
+                    let mut units = [U::default(); 16];
+                    std::ptr::copy_nonoverlapping(row.add(whole), units.as_mut_ptr(), rest);
+                    D::load_b(units.as_ptr())
+                };
+                let wk = tail(w);
+                for i in 0..XN {
+                    acc[i][0] = D::fma(tail(x.offset(i as isize * args.x_row)), wk, acc[i][0]);
                 }
+            }
+            for i in 0..XN {
+                registers[i * WN + j] = acc[i][0].add(acc[i][1]);
             }
         }
         // Sixteen horizontal sums at once cost a transposition; one by one they would cost as much as the products.
-        let mut registers = [D::V::splat(Real::of(0.0)); 16];
-        for i in 0..XN {
-            for j in 0..WN {
-                registers[i * WN + j] = acc[i][j];
-            }
-        }
         let sums = if XN * WN > 2 { D::V::sum_each(&mut registers) } else { registers.map(|register| register.sum()) };
         for i in 0..XN {
             for j in 0..WN {
                 args.out.add((x0 + i) * args.out_row + w0 + j).write(sums[i * WN + j]);
             }
+        }
+    }
+}
+
+/// All rows `first..end` of W against XN rows of X: blocks of WN, so that XN * WN sums are 16, then what is left.
+#[inline(always)]
+unsafe fn span<D, U: Copy + Default, const XN: usize, const WN: usize>(
+    args: &Args<U, <D::V as Vector>::Elem>,
+    x: usize,
+    first: usize,
+    end: usize,
+) where
+    D: Dot<A = U, B = U, BReg = <D as Dot>::AReg>,
+{
+    let mut w = first;
+    // SAFETY: each block stays inside first..end.
+    unsafe {
+        while end - w >= WN {
+            block::<D, U, XN, WN>(args, x, w);
+            w += WN;
+        }
+        if WN > 4 && end - w >= 4 {
+            block::<D, U, XN, 4>(args, x, w);
+            w += 4;
+        }
+        while w < end {
+            block::<D, U, XN, 1>(args, x, w);
+            w += 1;
         }
     }
 }
@@ -103,24 +132,16 @@ where
 {
     // SAFETY: the loops stay inside x_rows and w_rows.
     unsafe {
-        let mut w = 0;
-        while w < args.w_rows {
-            let four = args.w_rows - w >= 4;
-            let mut x = 0;
-            while x < args.x_rows {
-                match (args.x_rows - x, four) {
-                    (4.., true) => block::<D, U, 4, 4>(args, x, w),
-                    (3, true) => block::<D, U, 3, 4>(args, x, w),
-                    (2, true) => block::<D, U, 2, 4>(args, x, w),
-                    (_, true) => block::<D, U, 1, 4>(args, x, w),
-                    (4.., false) => block::<D, U, 4, 1>(args, x, w),
-                    (3, false) => block::<D, U, 3, 1>(args, x, w),
-                    (2, false) => block::<D, U, 2, 1>(args, x, w),
-                    (_, false) => block::<D, U, 1, 1>(args, x, w),
+        for first in (0..args.w_rows).step_by(16) {
+            let end = args.w_rows.min(first + 16);
+            for x in (0..args.x_rows).step_by(4) {
+                match args.x_rows - x {
+                    1 => span::<D, U, 1, 16>(args, x, first, end),
+                    2 => span::<D, U, 2, 8>(args, x, first, end),
+                    3 => span::<D, U, 3, 4>(args, x, first, end),
+                    _ => span::<D, U, 4, 4>(args, x, first, end),
                 }
-                x += 4;
             }
-            w += if four { 4 } else { 1 };
         }
     }
 }
