@@ -11,6 +11,7 @@ use super::vector::{Pairs, Plain, Vector, Widen};
 use super::{Level, level, scalar};
 
 use crate::dtype::{Float, Real};
+use crate::scratch::Kept;
 use crate::view::Matrix;
 
 /// Rows of B that a streaming product asks for in advance.
@@ -357,7 +358,7 @@ impl Round for half::bf16 {
 }
 
 /// Floating-point types that have kernels.
-pub trait Kernel: Real + Round {
+pub trait Kernel: Real + Round + Kept {
     /// The table of the level in use.
     fn table() -> &'static Table<Self>;
 }

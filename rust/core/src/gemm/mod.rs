@@ -215,7 +215,7 @@ fn few_rows<S: Arithmetic, O: Round<Acc = S::Acc>>(
             inner_products::<S>(left, part, scratch, sums, SEGMENT);
             for (r, line) in sums.chunks(SEGMENT).enumerate().take(m) {
                 let target = out.take(r * out.per_row() + segment);
-            O::round(&line[..target.len()], target);
+                O::round(&line[..target.len()], target);
             }
         },
     )

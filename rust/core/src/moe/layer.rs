@@ -17,6 +17,7 @@ use crate::dtype::{Dtype, Float, Real};
 use crate::error::{Error, Result};
 use crate::gemm::SERIAL_WORK;
 use crate::gemm::arithmetic::Arithmetic;
+use crate::scratch::Buffer;
 use crate::threads;
 use crate::view::{Array, ArrayMut, Matrix};
 use half::{bf16, f16};
@@ -187,14 +188,16 @@ fn typed<S: Arithmetic>(layer: &Layer<'_>, scores: &Array<'_>, out: ArrayMut<'_>
         other => return Err(Error::dtype("weights", "a floating type", other)),
     };
     let count = layer.routing.tokens.len();
-    let mut sums = vec![S::Acc::ZERO; count * layer.width];
-    let mut hidden = vec![S::narrow(S::Acc::ZERO); count * layer.hidden];
+    // Every row is written by stage 1 or 2 before stage 3 reads it.
+    let mut sums = Buffer::<S::Acc>::new(count * layer.width);
     if count > 0 && layer.width > 0 {
         let sums = ArrayMut::from_slice(&mut sums, &[count, layer.width])?.segments::<S::Acc>(lines::SEGMENT);
         let (many, few) = plan(layer);
+        let hidden_rows = if few.is_empty() { 0 } else { count };
+        let mut hidden = vec![S::narrow(S::Acc::ZERO); hidden_rows * layer.hidden];
         let serial = count.saturating_mul(layer.width).saturating_mul(layer.hidden) <= SERIAL_WORK;
         {
-            let hidden = ArrayMut::from_slice(&mut hidden, &[count, layer.hidden])?.segments::<S>(lines::SEGMENT);
+            let hidden = ArrayMut::from_slice(&mut hidden, &[hidden_rows, layer.hidden])?.segments::<S>(lines::SEGMENT);
             let first = many.len();
             let segments = layer.hidden.div_ceil(lines::SEGMENT);
             threads::for_each(
@@ -212,7 +215,7 @@ fn typed<S: Arithmetic>(layer: &Layer<'_>, scores: &Array<'_>, out: ArrayMut<'_>
                 },
             )?;
         }
-        let hidden = Matrix::new(&hidden, count, layer.hidden, layer.hidden);
+        let hidden = Matrix::new(&hidden, hidden_rows, layer.hidden, layer.hidden);
         let segments = layer.width.div_ceil(lines::SEGMENT);
         threads::for_each(few.len() * segments, serial, lines::Scratch::<S>::default, |task, thin| {
             lines::second_product(layer, few[task / segments], task % segments, hidden, thin, &sums);

@@ -36,7 +36,7 @@ pub(crate) struct Args<A, B, C> {
 }
 
 #[inline(always)]
-unsafe fn strip<D: Dot, const MR: usize, const NV: usize, const AHEAD: isize>(
+unsafe fn strip<D: Dot, const MR: usize, const NV: usize, const AHEAD: isize, const ADJACENT: bool>(
     args: &Args<D::A, D::B, <D::V as Vector>::Elem>,
     first: usize,
 ) {
@@ -66,7 +66,7 @@ unsafe fn strip<D: Dot, const MR: usize, const NV: usize, const AHEAD: isize>(
                 lane_units[v] = D::load_b(b.add(v * lanes));
             }
             for r in 0..MR {
-                let unit = D::splat_a(a.offset(r as isize * args.a_row));
+                let unit = D::splat_a(a.offset(r as isize * if ADJACENT { 1 } else { args.a_row }));
                 for v in 0..NV {
                     acc[r][v] = D::fma(unit, lane_units[v], acc[r][v]);
                 }
@@ -84,30 +84,30 @@ unsafe fn strip<D: Dot, const MR: usize, const NV: usize, const AHEAD: isize>(
 
 /// All rows, in strips of at most `MAX`.
 #[inline(always)]
-unsafe fn strips<D: Dot, const NV: usize, const MAX: usize, const AHEAD: isize>(
+unsafe fn strips<D: Dot, const NV: usize, const MAX: usize, const AHEAD: isize, const ADJACENT: bool>(
     args: &Args<D::A, D::B, <D::V as Vector>::Elem>,
 ) {
     let mut row = 0;
     // SAFETY: each strip stays inside `rows`.
     unsafe {
         while args.rows - row >= MAX {
-            strip::<D, MAX, NV, AHEAD>(args, row);
+            strip::<D, MAX, NV, AHEAD, ADJACENT>(args, row);
             row += MAX;
         }
         if MAX > 8 && args.rows - row >= 8 {
-            strip::<D, 8, NV, AHEAD>(args, row);
+            strip::<D, 8, NV, AHEAD, ADJACENT>(args, row);
             row += 8;
         }
         if MAX > 4 && args.rows - row >= 4 {
-            strip::<D, 4, NV, AHEAD>(args, row);
+            strip::<D, 4, NV, AHEAD, ADJACENT>(args, row);
             row += 4;
         }
         if args.rows - row >= 2 {
-            strip::<D, 2, NV, AHEAD>(args, row);
+            strip::<D, 2, NV, AHEAD, ADJACENT>(args, row);
             row += 2;
         }
         if args.rows - row >= 1 {
-            strip::<D, 1, NV, AHEAD>(args, row);
+            strip::<D, 1, NV, AHEAD, ADJACENT>(args, row);
         }
     }
 }
@@ -123,11 +123,14 @@ pub(crate) unsafe fn tile<D: Dot, const M1: usize, const M2: usize, const M3: us
 ) {
     // SAFETY: forwarded.
     unsafe {
-        match args.width / D::V::LANES {
-            1 => strips::<D, 1, M1, AHEAD>(args),
-            2 => strips::<D, 2, M2, AHEAD>(args),
-            3 if M3 > 0 => strips::<D, 3, M3, AHEAD>(args),
-            registers => unreachable!("a panel of {registers} registers"),
+        match (args.width / D::V::LANES, args.a_row == 1) {
+            (1, true) => strips::<D, 1, M1, AHEAD, true>(args),
+            (2, true) => strips::<D, 2, M2, AHEAD, true>(args),
+            (3, true) if M3 > 0 => strips::<D, 3, M3, AHEAD, true>(args),
+            (1, false) => strips::<D, 1, M1, AHEAD, false>(args),
+            (2, false) => strips::<D, 2, M2, AHEAD, false>(args),
+            (3, false) if M3 > 0 => strips::<D, 3, M3, AHEAD, false>(args),
+            (registers, _) => unreachable!("a panel of {registers} registers"),
         }
     }
 }
