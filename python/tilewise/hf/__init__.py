@@ -6,6 +6,8 @@
         path, attn_implementation="tilewise", experts_implementation="tilewise"
     )
 
+or, for a model that is there already, ``tilewise.hf.switch(model)``.
+
 Importing this package changes nothing in transformers; :func:`register` does, explicitly and as often as one likes.
 """
 
@@ -17,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 from tilewise.errors import MissingExtraError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from tilewise.hf.attention import attention_forward
     from tilewise.hf.experts import experts_forward
     from tilewise.hf.masks import attention_mask
 
-__all__ = ["NAME", "attention_forward", "attention_mask", "experts_forward", "register"]
+__all__ = ["NAME", "attention_forward", "attention_mask", "experts_forward", "register", "switch"]
 
 NAME = "tilewise"
 """The name to give as ``attn_implementation`` and ``experts_implementation``."""
@@ -43,8 +47,7 @@ def __getattr__(name: str) -> Any:
 def register() -> None:
     """Add ``"tilewise"`` to the attention, mask and experts interfaces of transformers.
 
-    Calling it again is harmless. Models are not touched: choose the name when loading one, or call
-    ``model.set_attn_implementation("tilewise")`` and ``model.set_experts_implementation("tilewise")``.
+    Calling it again is harmless. Models are not touched: choose the name when loading one, or call :func:`switch`.
 
     Raises:
         MissingExtraError: torch or transformers (5.3 or later) is not installed.
@@ -71,3 +74,25 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, attention_mask)
     AttentionInterface.register(NAME, attention_forward)
     ExpertsInterface.register(NAME, experts_forward)
+
+
+def switch(model: PreTrainedModel) -> None:
+    """Let a model compute its attention and its experts with tilewise from now on.
+
+    What ``model.set_attn_implementation`` and ``model.set_experts_implementation`` do; the latter takes names of others
+    than transformers' own only from 5.10 on, and this function takes care of that.
+
+    Raises:
+        MissingExtraError: torch or transformers is not installed.
+    """
+    register()
+    model.set_attn_implementation(NAME)
+    if not model._can_set_experts_implementation():
+        return
+    try:
+        model.set_experts_implementation(NAME)
+    except ValueError:
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if hasattr(config, "_experts_implementation_internal"):
+                config._experts_implementation_internal = NAME

@@ -17,8 +17,7 @@ __all__ = ["Plan", "experts_forward", "plan"]
 _GATED = ("swiglu", "swiglu_clamped", "geglu", "geglu_tanh", "reglu")
 _PLAIN = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 # transformers' own defaults, for modules written before the decorator knew a flag (5.3).
-_FLAGS = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True,
-          "has_post_expert_norm": False}  # fmt: skip
+_FLAGS = {"has_gate": True, "has_bias": False, "is_transposed": False, "has_post_expert_norm": False}
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,10 @@ def _numbers(module: nn.Module, *names: str) -> list[float]:
     return found
 
 
-def _recognise(module: nn.Module, has_gate: bool, layout: str, device: torch.device) -> tuple[str, float, float]:
-    """Name the activation by what it computes, not by what it is called.
+def _recognise(
+    module: nn.Module, has_gate: bool, layouts: tuple[str, ...], device: torch.device
+) -> tuple[str, str, float, float]:
+    """Name the activation and its layout by what the module computes, not by what it is called.
 
     The module's gate runs on numbers of every magnitude from 1e-3 to 1e3 and both signs, so a clamp, a factor or a
     different curve shows; the candidate that gives the same numbers wins.
@@ -91,20 +92,21 @@ def _recognise(module: nn.Module, has_gate: bool, layout: str, device: torch.dev
             raise _refuse(
                 module, f"its activation does not run on a probe ({type(error).__name__}: {error})"
             ) from error
-        candidates: list[tuple[str, float, float]] = []
+        constants = [(1.702, 7.0)]
+        clamped = [
+            (alpha, limit)
+            for alpha in _numbers(module, "alpha", "swiglu_alpha")
+            for limit in _numbers(module, "limit", "swiglu_limit")
+        ]
         for name in _GATED if has_gate else _PLAIN:
-            if name == "swiglu_clamped":
-                alphas, limits = _numbers(module, "alpha", "swiglu_alpha"), _numbers(module, "limit", "swiglu_limit")
-                candidates += [(name, alpha, limit) for alpha in alphas for limit in limits]
-            else:
-                candidates.append((name, 1.702, 7.0))
-        for name, alpha, limit in candidates:
-            guess = _activate(name, probe, layout, alpha, limit)
-            # Some modules gate in float32 whatever they are given, hence not the tolerance of float64.
-            if answer.shape == guess.shape and torch.allclose(answer.double(), guess, rtol=1e-5, atol=1e-7):
-                return name, alpha, limit
+            for layout in layouts:
+                for alpha, limit in clamped if name == "swiglu_clamped" else constants:
+                    guess = _activate(name, probe, layout, alpha, limit)
+                    # Some modules gate in float32 whatever they are given, hence not the tolerance of float64.
+                    if answer.shape == guess.shape and torch.allclose(answer.double(), guess, rtol=1e-5, atol=1e-7):
+                        return name, layout, alpha, limit
     known = ", ".join(_GATED if has_gate else _PLAIN)
-    raise _refuse(module, f"its activation ({layout} layout) computes none of the known ones: {known}")
+    raise _refuse(module, f"its activation ({' or '.join(layouts)} layout) computes none of the known ones: {known}")
 
 
 def _fingerprint(module: nn.Module) -> tuple[Any, ...]:
@@ -131,8 +133,10 @@ def plan(module: nn.Module, device: torch.device | str = "cpu") -> Plan:
     flags = {name: bool(getattr(module, name, default)) for name, default in _FLAGS.items()}
     if flags["has_post_expert_norm"]:
         raise _refuse(module, "has_post_expert_norm=True (a norm on each expert's output) is not supported")
-    layout = "concatenated" if flags["is_concatenated"] else "interleaved"
-    activation, alpha, limit = _recognise(module, flags["has_gate"], layout, torch.device(device))
+    # Before transformers 5.10 no flag told the layout; then the probe does.
+    flag = getattr(module, "is_concatenated", None)
+    layouts = ("concatenated", "interleaved") if flag is None else ("concatenated",) if flag else ("interleaved",)
+    activation, layout, alpha, limit = _recognise(module, flags["has_gate"], layouts, torch.device(device))
     made = Plan(
         activation, layout, alpha, limit, flags["has_gate"], flags["has_bias"], flags["is_transposed"], fingerprint
     )

@@ -122,9 +122,12 @@ def _load(source: str, config: Any, dtype: torch.dtype | str | None, implementat
             config=config,
             dtype=torch.float32 if dtype is None else dtype,
             attn_implementation=implementation,
-            experts_implementation=implementation,
             local_files_only=True,
         )
+        if implementation == tilewise.hf.NAME:
+            tilewise.hf.switch(loaded)
+        elif loaded._can_set_experts_implementation():
+            loaded.set_experts_implementation(implementation)
     except OSError as error:
         raise ModelNotFoundError(
             f"the {role} {source!r} has a config.json but no weights that load: {error}"

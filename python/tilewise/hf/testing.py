@@ -25,10 +25,7 @@ _COMMON: dict[str, Any] = {
 
 
 def _finish(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    tilewise.hf.register()
-    model.set_attn_implementation("tilewise")
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("tilewise")
+    tilewise.hf.switch(model)
     return model.to(dtype).eval().requires_grad_(False)
 
 
