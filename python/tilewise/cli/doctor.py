@@ -110,7 +110,7 @@ def collect() -> dict[str, Any]:
     cuda, cache = _cuda()
     parts.append(cuda)
     torch = sys.modules.get("torch") if parts[0]["state"] == _READY else None
-    build = dict(_core.build_info())
+    build: dict[str, Any] = dict(_core.build_info())
     names = sorted(name for name in os.environ if name.startswith("TILEWISE_") or name in _ENVIRONMENT)
     return {
         "tilewise": {"version": tilewise.__version__, "path": str(Path(tilewise.__file__).parent), "build": build},

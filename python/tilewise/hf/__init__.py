@@ -93,6 +93,6 @@ def switch(model: PreTrainedModel) -> None:
         model.set_experts_implementation(NAME)
     except ValueError:
         for module in model.modules():
-            config = getattr(module, "config", None)
+            config: Any = getattr(module, "config", None)
             if hasattr(config, "_experts_implementation_internal"):
                 config._experts_implementation_internal = NAME

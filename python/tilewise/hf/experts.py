@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from tilewise import torch as twt
 from tilewise.errors import UnsupportedError
+from tilewise.moe import Activation, Layout
 
 __all__ = ["Plan", "experts_forward", "plan"]
 
-_GATED = ("swiglu", "swiglu_clamped", "geglu", "geglu_tanh", "reglu")
-_PLAIN = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+_GATED: tuple[Activation, ...] = ("swiglu", "swiglu_clamped", "geglu", "geglu_tanh", "reglu")
+_PLAIN: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 # transformers' own defaults, for modules written before the decorator knew a flag (5.3).
 _FLAGS = {"has_gate": True, "has_bias": False, "is_transposed": False, "has_post_expert_norm": False}
 
@@ -27,8 +28,8 @@ class Plan:
     ``alpha`` and ``limit`` matter to ``swiglu_clamped`` alone.
     """
 
-    activation: str
-    layout: str
+    activation: Activation
+    layout: Layout
     alpha: float
     limit: float
     has_gate: bool
@@ -74,8 +75,8 @@ def _numbers(module: nn.Module, *names: str) -> list[float]:
 
 
 def _recognise(
-    module: nn.Module, has_gate: bool, layouts: tuple[str, ...], device: torch.device
-) -> tuple[str, str, float, float]:
+    module: nn.Module, has_gate: bool, layouts: tuple[Layout, ...], device: torch.device
+) -> tuple[Activation, Layout, float, float]:
     """Name the activation and its layout by what the module computes, not by what it is called.
 
     The module's gate runs on numbers of every magnitude from 1e-3 to 1e3 and both signs, so a clamp, a factor or a
@@ -87,7 +88,8 @@ def _recognise(
     probe = (size * sign).to(device)
     with torch.no_grad():
         try:
-            answer = module._apply_gate(probe) if has_gate else module.act_fn(probe)
+            gate: Any = module._apply_gate if has_gate else module.act_fn
+            answer = gate(probe)
         except Exception as error:
             raise _refuse(
                 module, f"its activation does not run on a probe ({type(error).__name__}: {error})"
@@ -135,6 +137,7 @@ def plan(module: nn.Module, device: torch.device | str = "cpu") -> Plan:
         raise _refuse(module, "has_post_expert_norm=True (a norm on each expert's output) is not supported")
     # Before transformers 5.10 no flag told the layout; then the probe does.
     flag = getattr(module, "is_concatenated", None)
+    layouts: tuple[Layout, ...]
     layouts = ("concatenated", "interleaved") if flag is None else ("concatenated",) if flag else ("interleaved",)
     activation, layout, alpha, limit = _recognise(module, flags["has_gate"], layouts, torch.device(device))
     made = Plan(
@@ -163,12 +166,14 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         DeviceError: tensors that are not on the CPU.
     """
     how = plan(module, hidden_states.device)
-    first = module.gate_up_proj if how.has_gate else module.up_proj
-    second = module.down_proj
-    first_bias = second_bias = None
+    held: Any = module  # what a module holds under a name is known to its class alone
+    first: Tensor = held.gate_up_proj if how.has_gate else held.up_proj
+    second: Tensor = held.down_proj
+    first_bias: Tensor | None = None
+    second_bias: Tensor | None = None
     if how.has_bias:
-        first_bias = module.gate_up_proj_bias if how.has_gate else module.up_proj_bias
-        second_bias = module.down_proj_bias
+        first_bias = held.gate_up_proj_bias if how.has_gate else held.up_proj_bias
+        second_bias = held.down_proj_bias
     if how.is_transposed:
         first, second = first.transpose(1, 2), second.transpose(1, 2)
     dtype = first.dtype  # under autocast the states can be wider than the weights; the weights decide

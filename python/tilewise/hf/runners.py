@@ -153,7 +153,8 @@ class LeanLlama:
         self.embedding: Tensor = body.embed_tokens.weight.detach()
         self.hidden = (self.embedding.shape[1],)
         self.norm: Tensor = body.norm.weight.detach()
-        self.head: Tensor = body_head(model)
+        head: Any = model.get_output_embeddings()
+        self.head: Tensor = head.weight.detach()
         self.layers = [self._arrange(layer) for layer in body.layers]
         self._rotary = body.rotary_emb
 
@@ -199,11 +200,6 @@ class LeanLlama:
         angles = torch.arange(length, dtype=torch.float32)[:, None] * self._rotary.inv_freq.float()
         scale = float(self._rotary.attention_scaling)
         return torch.complex((angles.cos() * scale).to(wide), (angles.sin() * scale).to(wide))[:, None, :]
-
-
-def body_head(model: PreTrainedModel) -> Tensor:
-    """The output projection ``[vocabulary, hidden]``, tied or not."""
-    return model.get_output_embeddings().weight.detach()
 
 
 class LeanLlamaRunner:

@@ -24,7 +24,7 @@ _COMMON: dict[str, Any] = {
 }
 
 
-def _finish(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def _finish(model: Any, dtype: torch.dtype) -> PreTrainedModel:
     tilewise.hf.switch(model)
     return model.to(dtype).eval().requires_grad_(False)
 
@@ -72,6 +72,7 @@ def random_draft(*, seed: int = 1, dtype: torch.dtype = torch.float32, **sizes: 
 def save_random_pair(directory: Path) -> tuple[Path, Path]:
     """Write a random target and draft as bfloat16 models, as the default pair is stored; returns their directories."""
     places = directory / "target", directory / "draft"
-    for place, model in zip(places, (random_target(), random_draft()), strict=True):
-        model.to(torch.bfloat16).save_pretrained(place)
+    dtype = torch.bfloat16
+    for place, model in zip(places, (random_target(dtype=dtype), random_draft(dtype=dtype)), strict=True):
+        model.save_pretrained(place)
     return places
