@@ -33,13 +33,8 @@ def places(tmp_path_factory):
 
 @pytest.fixture
 def pair(places):
-    """Options that name a random pair, and torch's threads as they were afterwards."""
-    import torch
-
-    threads = torch.get_num_threads()
-    # float64, because random weights make near-ties that float32 may decide either way
-    yield ("--model", places[0], "--draft", places[1], "--max-new-tokens", 24, "--dtype", "float64")
-    torch.set_num_threads(threads)
+    """Options that name a random pair; float64, because random weights make near-ties that float32 decides freely."""
+    return ("--model", places[0], "--draft", places[1], "--max-new-tokens", 24, "--dtype", "float64")
 
 
 def test_help_and_version_load_nothing_heavy():
@@ -141,6 +136,18 @@ def test_errors_are_messages_and_exit_codes(arguments, code, message, pair):
     # rich wraps and frames usage errors
     assert message in " ".join(result.stderr.replace("│", " ").split())
     assert "Traceback" not in result.output
+
+
+def test_threads_are_handed_on(pair):
+    from tilewise import _core
+
+    before = _core.num_threads()
+    try:
+        found = json.loads(call("generate", "x", *pair, "--threads", 1, "--json").stdout)
+        assert found["settings"]["threads"] == _core.num_threads() == 1
+    finally:
+        _core.set_num_threads(0)
+    assert _core.num_threads() == before
 
 
 def test_an_empty_prompt_is_refused(pair):

@@ -240,6 +240,26 @@ def test_the_consumer_does_not_inherit_inference_mode(pair):
     assert not torch.is_inference_mode_enabled()
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, 1), (2, 2)])
+def test_threads_during_a_step_alone(pair, monkeypatch, given, used):
+    seen = []
+    feed = ModuleRunner.feed
+
+    def watched(self, *arguments, **named):
+        seen.append(torch.get_num_threads())
+        return feed(self, *arguments, **named)
+
+    monkeypatch.setattr(ModuleRunner, "feed", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for _ in SpeculativeDecoder(*pair, threads=given).generate(prompts(1)[0], 4):
+            assert torch.get_num_threads() == 3
+        assert set(seen) == {used}
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_two_generations_of_one_decoder_do_not_mix(pair):
     decoder = SpeculativeDecoder(*pair)
     one, other = prompts(2)
@@ -273,7 +293,7 @@ def test_errors(pair):
     for settings, message in (
         ({"draft_length": 0}, "draft_length"), ({"confidence": 1.5}, "confidence"),
         ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"), ({"top_k": -1}, "top_k"),
-        ({"seed": -1}, "seed"),
+        ({"threads": 0}, "threads"), ({"seed": -1}, "seed"),
     ):  # fmt: skip
         with pytest.raises(ArgumentError, match=message):
             SpeculativeDecoder(target, draft, **settings)

@@ -25,9 +25,6 @@ DEFAULT_PROMPT = "def read_lines(path):\n"
 """What to continue when nothing is given: the default pair has read the Python standard library."""
 
 _DTYPES = ("float32", "float64", "bfloat16", "auto")
-# A step of a model smaller than this is over before a team of threads has met; torch's team then costs more than it
-# brings, and on a busy machine much more.
-_SMALL = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Options:
 
     def rules(self) -> dict[str, Any]:
         """What the decoder takes."""
-        names = ("draft_length", "temperature", "top_p", "top_k", "seed", "confidence")
+        names = ("draft_length", "temperature", "top_p", "top_k", "seed", "confidence", "threads")
         return {name: getattr(self, name) for name in names}
 
 
@@ -90,13 +87,9 @@ def _load(options: Options, console: Console) -> Pair:
         if target is None and options.draft == "none":
             from tilewise.hf.models import DEFAULT_TARGET as target
         dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
-        pair = load_pair(target, draft, dtype)
         if options.threads is not None:
-            torch.set_num_threads(options.threads)
             _core.set_num_threads(options.threads)
-        elif sum(parameter.numel() for parameter in pair.target.parameters()) < _SMALL:
-            torch.set_num_threads(1)
-        return pair
+        return load_pair(target, draft, dtype)
 
 
 def _write(text: str) -> None:

@@ -61,6 +61,7 @@ def compare(
     top_k: int = 0,
     seed: int = 0,
     confidence: float = 0.0,
+    threads: int | None = None,
     repeat: int = 1,
     watch: Callable[[str, int], None] | None = None,
 ) -> Comparison:
@@ -69,7 +70,8 @@ def compare(
     Args:
         pair: models, with a draft.
         prompt: token ids.
-        max_new_tokens, draft_length, temperature, top_p, top_k, seed, confidence: see :class:`SpeculativeDecoder`.
+        max_new_tokens, draft_length, temperature, top_p, top_k, seed, confidence, threads: see
+            :class:`SpeculativeDecoder`.
         repeat: how often to run both; speeds are of the median run.
         watch: called with ``"plain"`` or ``"speculative"`` and each token of the first run, as it comes.
 
@@ -86,7 +88,7 @@ def compare(
         raise ArgumentError("nothing to compare: the target has no draft; name one that speaks its tokens")
     if repeat < 1:
         raise ArgumentError(f"repeat must be at least 1, got {repeat}")
-    rules = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    rules = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "threads": threads}
     decoders = {
         "plain": SpeculativeDecoder(pair.target, **rules),
         "speculative": SpeculativeDecoder(
