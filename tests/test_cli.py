@@ -74,7 +74,7 @@ def test_generate_json(pair):
     assert fast["models"]["draft"] == str(pair[3])
     assert plain["models"]["draft"] is None
     assert plain["stats"]["drafted"] == 0 < fast["stats"]["drafted"]
-    assert fast["settings"]["draft_length"] == 6
+    assert fast["settings"]["draft_length"] == 8
 
 
 def test_compare_reports_speed_and_identity(pair):

@@ -71,10 +71,11 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Keep the most probable tokens up to this mass, in (0, 1].")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Keep this many tokens; 0 keeps all.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
-    draft_length: Annotated[int, typer.Option(min=1, help="Most tokens to draft in a round.")] = 6,
+    draft_length: Annotated[int, typer.Option(min=1, help="Most tokens to draft in a round.")] = 8,
     confidence: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="End a draft once its own probability falls below this.")
-    ] = 0.0,
+        float,
+        typer.Option(min=0.0, max=1.0, help="End a draft once its own probability falls below this; 0 never does."),
+    ] = 0.3,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also generate without the draft, and report speed and identity.")
     ] = False,

@@ -79,9 +79,9 @@ def compare(
         ArgumentError: the pair has no draft, or a setting is outside its range.
 
     Example:
-        >>> from tilewise.hf.models import load_pair  # doctest: +SKIP
-        >>> pair = load_pair()  # doctest: +SKIP
-        >>> compare(pair, pair.tokenizer.encode("import "), 64).identical  # doctest: +SKIP
+        >>> from tilewise.hf.models import load_pair
+        >>> pair = load_pair()
+        >>> compare(pair, pair.tokenizer.encode("import "), 64).identical
         True
     """
     if pair.draft is None:

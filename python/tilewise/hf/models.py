@@ -108,7 +108,7 @@ def load_model(
         ModelNotFoundError: no such model; the message says where it looked.
 
     Example:
-        >>> model = load_model()  # doctest: +SKIP
+        >>> model = load_model()
     """
     source = _find(DEFAULT_TARGET if model is None else model, role)
     return _load(source, _config(source, role), dtype, implementation, role)
@@ -211,8 +211,8 @@ def load_pair(
         VocabularyError: the draft does not speak the target's tokens (checked before any weight is read).
 
     Example:
-        >>> pair = load_pair()  # doctest: +SKIP
-        >>> pair.tokenizer.encode("def ")  # doctest: +SKIP
+        >>> pair = load_pair()
+        >>> pair.tokenizer.encode("def ")
         [100, 101, 102, 32]
     """
     if target is None and draft is None:
