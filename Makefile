@@ -57,7 +57,7 @@ ifeq ($(BENCH),asv)
 	CARGO_TARGET_DIR=$(abspath $(or $(CARGO_TARGET_DIR),target))/asv \
 	  $(PY) -m asv continuous --config benches/asv.conf.json $(or $(BASE),HEAD~1) HEAD --factor 1.1 $(ARGS)
 else
-	$(PY) benches/side_by_side.py $(ARGS)
+	$(PY) -m benches.side_by_side $(ARGS)
 endif
 
 .PHONY: docs
