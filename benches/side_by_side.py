@@ -181,8 +181,8 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         )
     lines = [
         f"{about['processor']}, {about['threads']} threads, {about['isa']}, torch {about['torch']}, "
-        f"memory read at {about['read_bandwidth'] / 1e9:.1f} GB/s; {about['rounds']} rounds, load {about['load'] or 0:.1f}; "
-        f"commit {about['commit']}.{busy}",
+        f"memory read at {about['read_bandwidth'] / 1e9:.1f} GB/s; {about['rounds']} rounds, "
+        f"load {about['load'] or 0:.1f}; commit {about['commit']}.{busy}",
         "",
         "| case | dtype | | median | spread | GF/s | share of memory bandwidth | tilewise is |",
         "|---|---|---|---|---|---|---|---|",
