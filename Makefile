@@ -54,8 +54,9 @@ format: environment cargo ## rewrite the sources in the one format
 .PHONY: bench
 bench: build ## measure tilewise beside its peers (BENCH=asv: this commit against BASE=HEAD~1)
 ifeq ($(BENCH),asv)
+	@$(PY) -m asv machine --yes --config benches/asv.conf.json >/dev/null
 	CARGO_TARGET_DIR=$(abspath $(or $(CARGO_TARGET_DIR),target))/asv \
-	  $(PY) -m asv continuous --config benches/asv.conf.json $(or $(BASE),HEAD~1) HEAD --factor 1.1 $(ARGS)
+	  $(PY) -m asv continuous --config benches/asv.conf.json --factor 1.1 $(ARGS) $(or $(BASE),HEAD~1) HEAD
 else
 	$(PY) -m benches.side_by_side $(ARGS)
 endif
