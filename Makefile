@@ -13,7 +13,7 @@ VENV ?= .venv
 export VENV PYTHON
 # Absolute, so that tools may change directory.
 PY := $(abspath $(VENV))/bin/python
-PROMPT ?= def read_lines(path):
+PROMPT ?= class HTTPServer(
 
 .PHONY: help
 help: ## show this list
