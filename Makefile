@@ -37,12 +37,24 @@ test-python: build ## run the Python tests, the NVRTC gate and the documentation
 	$(PY) -m pytest $(ARGS)
 
 .PHONY: lint
-lint: build ## check formats, clippy, ruff, types of the public API, and the stub of the extension
+lint: lint-rust lint-ruff lint-types lint-stub ## check formats, clippy, ruff, types, and the stub of the extension (-k: go on)
+
+.PHONY: lint-rust
+lint-rust: cargo
 	cargo fmt --all --check
 	PYO3_BUILD_EXTENSION_MODULE=1 PYO3_NO_PYTHON=1 cargo clippy --locked --workspace --all-targets -- -D warnings
+
+.PHONY: lint-ruff
+lint-ruff: environment
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
+
+.PHONY: lint-types
+lint-types: environment
 	$(PY) -m pyright --pythonpath $(PY)
+
+.PHONY: lint-stub
+lint-stub: build
 	$(PY) -m mypy.stubtest tilewise._core --mypy-config-file pyproject.toml
 
 .PHONY: format
