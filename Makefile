@@ -13,7 +13,7 @@ VENV ?= .venv
 export VENV PYTHON
 # Absolute, so that tools may change directory.
 PY := $(abspath $(VENV))/bin/python
-PROMPT ?= def read_lines(path):
+PROMPT ?= class HTTPServer(
 
 .PHONY: help
 help: ## show this list
@@ -37,12 +37,24 @@ test-python: build ## run the Python tests, the NVRTC gate and the documentation
 	$(PY) -m pytest $(ARGS)
 
 .PHONY: lint
-lint: build ## check formats, clippy, ruff, types of the public API, and the stub of the extension
+lint: lint-rust lint-ruff lint-types lint-stub ## check formats, clippy, ruff, types, and the stub of the extension (-k: go on)
+
+.PHONY: lint-rust
+lint-rust: cargo
 	cargo fmt --all --check
 	PYO3_BUILD_EXTENSION_MODULE=1 PYO3_NO_PYTHON=1 cargo clippy --locked --workspace --all-targets -- -D warnings
+
+.PHONY: lint-ruff
+lint-ruff: environment
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
+
+.PHONY: lint-types
+lint-types: environment
 	$(PY) -m pyright --pythonpath $(PY)
+
+.PHONY: lint-stub
+lint-stub: build
 	$(PY) -m mypy.stubtest tilewise._core --mypy-config-file pyproject.toml
 
 .PHONY: format
@@ -54,10 +66,11 @@ format: environment cargo ## rewrite the sources in the one format
 .PHONY: bench
 bench: build ## measure tilewise beside its peers (BENCH=asv: this commit against BASE=HEAD~1)
 ifeq ($(BENCH),asv)
+	@$(PY) -m asv machine --yes --config benches/asv.conf.json >/dev/null
 	CARGO_TARGET_DIR=$(abspath $(or $(CARGO_TARGET_DIR),target))/asv \
-	  $(PY) -m asv continuous --config benches/asv.conf.json $(or $(BASE),HEAD~1) HEAD --factor 1.1 $(ARGS)
+	  $(PY) -m asv continuous --config benches/asv.conf.json --factor 1.1 $(ARGS) $(or $(BASE),HEAD~1) HEAD
 else
-	$(PY) benches/side_by_side.py $(ARGS)
+	$(PY) -m benches.side_by_side $(ARGS)
 endif
 
 .PHONY: docs

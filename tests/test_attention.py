@@ -105,7 +105,9 @@ def test_selected_blocks(isa: str, dtype: Any, block_size: int, sq: int) -> None
         chosen = np.where(chosen < count, chosen, -1).reshape(2, groups, sq, 4)
         for kind in (np.int32, np.int64):
             check(q, k, v, block_indices=chosen.astype(kind), block_size=block_size)
-        check(q, k, v, block_indices=chosen, block_size=block_size, causal=True, mask=random.random((2, 1, 1, sk)) < 0.8)
+        check(
+            q, k, v, block_indices=chosen, block_size=block_size, causal=True, mask=random.random((2, 1, 1, sk)) < 0.8
+        )
 
 
 @pytest.mark.parametrize("sq", [2, 40])
@@ -248,5 +250,5 @@ def test_torch_refuses_gradients_and_foreign_devices() -> None:
         twt.attention(q, q, q)
     with torch.no_grad():
         assert twt.attention(q, q, q).shape == q.shape
-    with pytest.raises(DeviceError, match="meta|CPU"):
+    with pytest.raises(DeviceError, match=r"meta|CPU"):
         attention(*(x.detach().to("meta") for x in (q, q, q)))

@@ -74,7 +74,15 @@ def plain(arrays: dict[str, Any], activation: str, layout: str, alpha: float = 1
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1, 1), (1, 64, 48, 8, 2), (7, 33, 17, 3, 2), (70, 40, 51, 4, 3), (230, 16, 8, 1, 1), (40, 5, 100, 30, 7)]
+    "shape",
+    [
+        (1, 1, 1, 1, 1),
+        (1, 64, 48, 8, 2),
+        (7, 33, 17, 3, 2),
+        (70, 40, 51, 4, 3),
+        (230, 16, 8, 1, 1),
+        (40, 5, 100, 30, 7),
+    ],
 )
 def test_layer_equals_the_reference(isa: str, dtype: Any, shape: tuple[int, ...]) -> None:
     for layout in ("concatenated", "interleaved"):

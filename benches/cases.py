@@ -1,0 +1,100 @@
+"""Frozen cases: what is measured, under names that results of different days share. Add cases; never change one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["ATTENTION", "DTYPES", "GEMM", "MOE", "Attention", "Gemm", "Moe", "by_name"]
+
+#: Element types that are measured.
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Forward attention. `key_heads` divides `query_heads`; causal is aligned to the bottom right corner."""
+
+    name: str
+    batch: int
+    query_heads: int
+    key_heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    causal: bool
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions of both products; a causal case counts the half it needs."""
+        pairs = self.queries * self.keys
+        if self.causal:
+            pairs -= self.queries * (self.queries - 1) // 2
+        return 4.0 * self.batch * self.query_heads * self.head_dim * pairs
+
+    def bytes_read(self, element_size: int) -> int:
+        """Keys and values, read once."""
+        return 2 * self.batch * self.key_heads * self.keys * self.head_dim * element_size
+
+
+@dataclass(frozen=True)
+class Moe:
+    """One expert layer with SwiGLU: `tokens` of `width` d through `top_k` of `experts` with hidden size `hidden`."""
+
+    name: str
+    tokens: int
+    width: int
+    hidden: int
+    experts: int
+    top_k: int
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions of the three matrices of every token's experts."""
+        return 6.0 * self.tokens * self.top_k * self.width * self.hidden
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """``[m, k] @ [k, n]``."""
+
+    name: str
+    m: int
+    k: int
+    n: int
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions."""
+        return 2.0 * self.m * self.k * self.n
+
+
+ATTENTION = (
+    Attention("prefill 1x8x4096x128 causal", 1, 8, 8, 4096, 4096, 128, True),
+    Attention("prefill 1x8x2048x64 causal", 1, 8, 8, 2048, 2048, 64, True),
+    Attention("prefill 1x8x2048x64", 1, 8, 8, 2048, 2048, 64, False),
+    Attention("prefill 1x32/8x1024x128 causal", 1, 32, 8, 1024, 1024, 128, True),
+    Attention("decode 1 of 8192, 32/8 heads of 128", 1, 32, 8, 1, 8192, 128, True),
+    Attention("decode 4 of 8192, 32/8 heads of 128", 1, 32, 8, 4, 8192, 128, True),
+)
+
+MOE = (
+    Moe("moe 2048,1024,512,64,8", 2048, 1024, 512, 64, 8),
+    Moe("moe 4096,768,256,64,8", 4096, 768, 256, 64, 8),
+    Moe("moe 1,1024,512,64,8", 1, 1024, 512, 64, 8),
+    Moe("moe 16,1024,512,64,8", 16, 1024, 512, 64, 8),
+)
+
+GEMM = (
+    Gemm("gemm 2048^3", 2048, 2048, 2048),
+    Gemm("gemm 1x4096x4096", 1, 4096, 4096),
+    Gemm("gemm 16x2048x2048", 16, 2048, 2048),
+)
+
+
+def by_name(name: str) -> Attention | Moe | Gemm:
+    """The case of that name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return {case.name: case for case in (*ATTENTION, *MOE, *GEMM)}[name]

@@ -1,0 +1,237 @@
+"""tilewise beside its peers, in one process, with the same threads, interleaved: `make bench`.
+
+    python -m benches.side_by_side [--only attention moe gemm] [--rounds 7] [--dtypes float32 bfloat16] [--no-record]
+
+Every pair is compared before it is timed: a fast wrong answer is not a result. Prints a table and writes it, with all
+timings, to benches/record/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import cases
+from .harness import Timing, interleave, machine, read_bandwidth, speedup
+
+RECORD = Path(__file__).resolve().parent / "record"
+OURS = "tilewise"
+# Closeness of two implementations of one thing, in parts of the largest value: generous, the tests are the proof.
+CLOSE = {"float32": 1e-4, "bfloat16": 4e-2}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One case: functions by name (one of them `OURS`) that compute the same."""
+
+    room: str
+    case: Any
+    dtype: str
+    functions: dict[str, Callable[[], Any]]
+    bytes_read: int | None = None  # set where memory is the limit
+
+
+def attention(dtype: str) -> Iterator[Comparison]:
+    """Ours and torch's scaled_dot_product_attention."""
+    import torch
+
+    import tilewise.torch as twt
+
+    for case in cases.ATTENTION:
+        torch.manual_seed(0)
+        kind = getattr(torch, dtype)
+        query = torch.randn(case.batch, case.query_heads, case.queries, case.head_dim).to(kind)
+        key = torch.randn(case.batch, case.key_heads, case.keys, case.head_dim).to(kind)
+        value = torch.randn(case.batch, case.key_heads, case.keys, case.head_dim).to(kind)
+        mask, causal = None, case.causal
+        if case.queries != case.keys:
+            # torch aligns causal to the top left corner; a decode step needs the other one, said by a mask.
+            causal = False
+            if case.queries > 1:
+                first = case.keys - case.queries
+                mask = torch.arange(case.keys) <= torch.arange(case.queries)[:, None] + first
+
+        def sdpa(q: Any = query, k: Any = key, v: Any = value, m: Any = mask, c: bool = causal) -> Any:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, m, is_causal=c, enable_gqa=True)
+
+        def ours(q: Any = query, k: Any = key, v: Any = value, c: bool = case.causal) -> Any:
+            return twt.attention(q, k, v, causal=c)
+
+        decode = case.bytes_read(query.element_size()) if case.queries < 8 else None
+        yield Comparison("attention", case, dtype, {OURS: ours, "torch SDPA": sdpa}, decode)
+
+
+def moe(dtype: str) -> Iterator[Comparison]:
+    """Ours, a loop over experts, and torch's grouped_mm, all from the same routing."""
+    import torch
+
+    import tilewise.torch as twt
+
+    silu, linear = torch.nn.functional.silu, torch.nn.functional.linear
+    for case in cases.MOE:
+        torch.manual_seed(0)
+        kind = getattr(torch, dtype)
+        x = torch.randn(case.tokens, case.width).to(kind)
+        gate_up = (torch.randn(case.experts, 2 * case.hidden, case.width) / case.width**0.5).to(kind)
+        down = (torch.randn(case.experts, case.width, case.hidden) / case.hidden**0.5).to(kind)
+        ids, weights = twt.moe.route(torch.randn(case.tokens, case.experts), case.top_k)
+
+        def ours(x: Any = x, i: Any = ids, w: Any = weights, u: Any = gate_up, d: Any = down) -> Any:
+            return twt.moe.experts(x, i, w, u, d)
+
+        def loop(x: Any = x, i: Any = ids, w: Any = weights, u: Any = gate_up, d: Any = down) -> Any:
+            out = torch.zeros_like(x)
+            for expert in torch.unique(i).tolist():
+                token, slot = torch.where(i == expert)
+                gate, up = linear(x[token], u[expert]).chunk(2, -1)
+                rows = linear(silu(gate) * up, d[expert]) * w[token, slot, None].to(x.dtype)
+                out.index_add_(0, token, rows)
+            return out
+
+        def grouped(x: Any = x, i: Any = ids, w: Any = weights, u: Any = gate_up, d: Any = down) -> Any:
+            flat = i.flatten()
+            order = flat.argsort()
+            ends = torch.bincount(flat, minlength=len(u)).cumsum(0).to(torch.int32)
+            token = order // i.shape[1]
+            hidden = torch.nn.functional.grouped_mm(x[token], u.transpose(1, 2), offs=ends)
+            gate, up = hidden.chunk(2, -1)
+            rows = torch.nn.functional.grouped_mm(silu(gate) * up, d.transpose(1, 2), offs=ends)
+            rows = rows * w.flatten()[order, None].to(x.dtype)
+            return torch.zeros_like(x).index_add_(0, token, rows)
+
+        functions = {OURS: ours, "expert loop": loop, "grouped_mm": grouped}
+        used = len(torch.unique(ids))
+        size = used * 3 * case.width * case.hidden * x.element_size() if case.tokens <= 16 else None
+        yield Comparison("moe", case, dtype, functions, size)
+
+
+def gemm(dtype: str) -> Iterator[Comparison]:
+    """Ours and torch.matmul, against a weight stored as torch.nn.Linear stores it."""
+    import torch
+
+    import tilewise.torch as twt
+
+    for case in cases.GEMM:
+        torch.manual_seed(0)
+        kind = getattr(torch, dtype)
+        a, weight = torch.randn(case.m, case.k).to(kind), torch.randn(case.n, case.k).to(kind)
+
+        def ours(a: Any = a, b: Any = weight) -> Any:
+            return twt.matmul(a, b.T)
+
+        def theirs(a: Any = a, b: Any = weight) -> Any:
+            return torch.matmul(a, b.T)
+
+        size = weight.numel() * weight.element_size() if case.m <= 16 else None
+        yield Comparison("gemm", case, dtype, {OURS: ours, "torch.matmul": theirs}, size)
+
+
+ROOMS: dict[str, Callable[[str], Iterator[Comparison]]] = {"attention": attention, "moe": moe, "gemm": gemm}
+
+
+def check(comparison: Comparison) -> None:
+    """Stops where two functions of one comparison do not agree."""
+    results = {name: function().double() for name, function in comparison.functions.items()}
+    ours = results.pop(OURS)
+    for name, theirs in results.items():
+        error = float((ours - theirs).abs().max() / theirs.abs().max())
+        if not error <= CLOSE[comparison.dtype]:
+            sys.exit(
+                f"{comparison.case.name} in {comparison.dtype}: {OURS} and {name} differ by {error:.1e} (relative)"
+            )
+
+
+def measure(comparison: Comparison, rounds: int, bandwidth: float) -> list[dict[str, Any]]:
+    """Rows of the table, one a function; `speedup` is ours against that peer."""
+    check(comparison)
+    timings: dict[str, Timing] = interleave(comparison.functions, rounds)
+    ours = timings[OURS]
+    rows = []
+    for name, timing in timings.items():
+        row = {
+            "room": comparison.room,
+            "case": comparison.case.name,
+            "dtype": comparison.dtype,
+            "name": name,
+            "milliseconds": timing.median * 1e3,
+            "spread": timing.spread,
+            "gflops": comparison.case.flops / timing.median / 1e9,
+            "bandwidth_share": None,
+            "speedup": None if name == OURS else speedup(ours, timing),
+            "seconds": timing.seconds,
+        }
+        if comparison.bytes_read is not None:
+            row["bandwidth_share"] = comparison.bytes_read / timing.median / bandwidth
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    """The results in Markdown, with what they were measured on."""
+    busy = ""
+    if about["load"] is not None and about["load"] > 0.5:
+        busy = (
+            " **Other work was running: threads that wait for each other suffer most, so these ratios do not count.**"
+        )
+    lines = [
+        f"{about['processor']}, {about['threads']} threads, {about['isa']}, torch {about['torch']}, "
+        f"memory read at {about['read_bandwidth'] / 1e9:.1f} GB/s; {about['rounds']} rounds, "
+        f"load {about['load'] or 0:.1f}; commit {about['commit']}.{busy}",
+        "",
+        "| case | dtype | | median | spread | GF/s | share of memory bandwidth | tilewise is |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        share = "" if row["bandwidth_share"] is None else f"{row['bandwidth_share']:.0%}"
+        times = "" if row["speedup"] is None else f"{row['speedup']:.2f}x as fast"
+        lines.append(
+            f"| {row['case']} | {row['dtype']} | {row['name']} | {row['milliseconds']:.3f} ms | {row['spread']:.0%} "
+            f"| {row['gflops']:.0f} | {share} | {times} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=ROOMS, default=list(ROOMS), help="rooms to measure")
+    parser.add_argument("--dtypes", nargs="+", choices=cases.DTYPES, default=list(cases.DTYPES))
+    parser.add_argument("--case", default="", help="measure the cases whose name contains this")
+    parser.add_argument("--rounds", type=int, default=7, help="timings of each function")
+    parser.add_argument("--no-record", action="store_true", help="print, and write nothing")
+    arguments = parser.parse_args()
+
+    import torch
+
+    from tilewise import _core
+
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(_core.num_threads())
+    about = machine() | {"torch": torch.__version__, "rounds": arguments.rounds}
+    about["read_bandwidth"] = bandwidth = read_bandwidth(_core.num_threads())
+    rows: list[dict[str, Any]] = []
+    for room in arguments.only:
+        for dtype in arguments.dtypes:
+            for comparison in ROOMS[room](dtype):
+                if arguments.case not in comparison.case.name:
+                    continue
+                print(f"{comparison.case.name} {dtype} ...", file=sys.stderr, flush=True)
+                rows += measure(comparison, arguments.rounds, bandwidth)
+    text = table(rows, about)
+    print(text)
+    if not arguments.no_record:
+        RECORD.mkdir(exist_ok=True)
+        day = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+        stem = RECORD / f"{day}-{about['isa']}-{about['threads']}threads"
+        stem.with_suffix(".md").write_text(text)
+        stem.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        print(f"written to {stem}.md and .json", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
