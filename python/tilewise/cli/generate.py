@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_PROMPT", "Options", "run"]
 
-DEFAULT_PROMPT = "def read_lines(path):\n"
+DEFAULT_PROMPT = 'class File:\n\n    def close(self):\n        """Close the file."""\n'
 """What to continue when nothing is given: the default pair has read the Python standard library."""
 
 _DTYPES = ("float32", "float64", "bfloat16", "auto")
