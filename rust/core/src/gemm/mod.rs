@@ -17,7 +17,7 @@
 pub mod arithmetic;
 pub mod pack;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use crate::arch::Round;
 use crate::dtype::{Dtype, Element, Real};

@@ -1,1 +1,102 @@
+use super::layer::{Layout, Weights, forward};
+use super::routing::{NONE, Routing};
+use crate::arch::Activation;
+use crate::dtype::Real;
+use crate::gemm::arithmetic::Arithmetic;
+use crate::gemm::tests::{at_every_level, noise};
+use crate::view::{Array, ArrayMut};
+use half::{bf16, f16};
+use proptest::prelude::*;
 
+fn check<S: Arithmetic>([tokens, d, n, experts, slots]: [usize; 5], layout: Layout, budget: f64) {
+    let fill = |count, seed| noise(count, seed).into_iter().map(|x| S::narrow(S::Acc::of(x))).collect::<Vec<S>>();
+    let (x, up, down) = (fill(tokens * d, 1), fill(experts * 2 * n * d, 2), fill(experts * d * n, 3));
+    // Every third pair is a sentinel.
+    let ids: Vec<i32> =
+        (0..tokens * slots).map(|p| if p % 3 == 2 { experts as i32 } else { (p * 7 % experts) as i32 }).collect();
+    let scores: Vec<f32> = noise(tokens * slots, 5).into_iter().map(|s| s as f32).collect();
+    let mut out = vec![S::narrow(S::Acc::of(f64::NAN)); tokens * d];
+    let weights = Weights {
+        gate_up: Array::from_slice(&up, &[experts, 2 * n, d]).unwrap(),
+        down: Array::from_slice(&down, &[experts, d, n]).unwrap(),
+        gate_up_bias: None,
+        down_bias: None,
+        layout,
+        activation: Activation::Swiglu,
+    };
+    let pairs = [tokens, slots];
+    let (ids_view, scores_view) =
+        (Array::from_slice(&ids, &pairs).unwrap(), Array::from_slice(&scores, &pairs).unwrap());
+    let out_view = ArrayMut::from_slice(&mut out, &[tokens, d]).unwrap();
+    forward(Array::from_slice(&x, &[tokens, d]).unwrap(), &ids_view, &scores_view, weights, out_view).unwrap();
+    let mut worst = 0f64;
+    let mut size = 0f64;
+    for t in 0..tokens {
+        let mut exact = vec![0.0; d];
+        for slot in 0..slots {
+            let e = ids[t * slots + slot] as usize;
+            if e == experts {
+                continue;
+            }
+            let row = |r: usize| {
+                (0..d).map(|c| up[(e * 2 * n + r) * d + c].widen().f64() * x[t * d + c].widen().f64()).sum::<f64>()
+            };
+            let feature = |j: usize| {
+                let (g, u) =
+                    if layout == Layout::Concatenated { (row(j), row(n + j)) } else { (row(2 * j), row(2 * j + 1)) };
+                g / (1.0 + (-g).exp()) * u
+            };
+            let active: Vec<f64> = (0..n).map(feature).collect();
+            for (c, sum) in exact.iter_mut().enumerate() {
+                let y: f64 = (0..n).map(|j| down[(e * d + c) * n + j].widen().f64() * active[j]).sum();
+                *sum += f64::from(scores[t * slots + slot]) * y;
+            }
+        }
+        for (c, want) in exact.iter().enumerate() {
+            worst += (out[t * d + c].widen().f64() - want).powi(2);
+            size += want * want;
+        }
+    }
+    assert!(worst.sqrt() <= budget * size.sqrt(), "{}: {}", S::DTYPE, (worst / size).sqrt());
+}
+
+#[test]
+fn the_layer_matches_the_definition_at_every_level() {
+    at_every_level(|_| {
+        for shape in [[1, 1, 1, 1, 1], [5, 33, 17, 3, 2], [90, 20, 50, 2, 1], [30, 64, 100, 7, 3]] {
+            for layout in [Layout::Concatenated, Layout::Interleaved] {
+                check::<f32>(shape, layout, 1e-6);
+                check::<f64>(shape, layout, 1e-14);
+                // Two roundings of relative size 2^-12 (f16) and 2^-9 (bf16).
+                check::<f16>(shape, layout, 1e-3);
+                check::<bf16>(shape, layout, 8e-3);
+            }
+        }
+    });
+}
+
+proptest! {
+    #[test]
+    fn a_routing_is_a_stable_grouping(ids in proptest::collection::vec(-1i64..6, 0..60), slots in 1usize..4) {
+        let ids = &ids[..ids.len() / slots * slots];
+        let experts = 5;
+        let routing = Routing::new(ids.iter().copied(), slots, experts);
+        let valid = ids.iter().filter(|id| (0..experts as i64).contains(*id)).count();
+        prop_assert_eq!(routing.offsets[0], 0);
+        prop_assert_eq!(routing.offsets[experts], valid);
+        let mut seen = vec![false; valid];
+        let mut last = vec![None; experts];
+        for (pair, &id) in ids.iter().enumerate() {
+            let row = routing.rows[pair];
+            if !(0..experts as i64).contains(&id) {
+                prop_assert_eq!(row, NONE);
+                continue;
+            }
+            prop_assert!(routing.of(id as usize).contains(&row) && !seen[row]);
+            prop_assert_eq!(routing.tokens[row], pair / slots);
+            prop_assert!(last[id as usize].is_none_or(|before| before < row)); // ascending pairs, ascending rows
+            seen[row] = true;
+            last[id as usize] = Some(row);
+        }
+    }
+}
