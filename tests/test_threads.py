@@ -135,6 +135,8 @@ def test_ctrl_c_stops_a_long_call_and_leaves_the_library_usable(threads: int) ->
     from tilewise.attention import attention
     from tilewise.gemm import matmul
 
+    # A background job of a shell starts with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     _core.force_isa("scalar")  # the slowest level: minutes of work if nothing stopped it
     _core.set_num_threads({threads})
     small = matmul(np.eye(40, dtype=np.float32), np.ones((40, 40), np.float32))

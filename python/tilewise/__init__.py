@@ -7,16 +7,32 @@ Rooms, each under one name on every floor (Rust core, NumPy here, PyTorch in :mo
 * :mod:`tilewise.moe`: routers, ``Routing`` and the expert layer;
 * :mod:`tilewise.speculation`: exact verification of drafted tokens.
 
-``import tilewise`` loads NumPy and the native core, nothing heavier.
+``import tilewise`` loads the native core alone; a room loads when it is first asked for (``tw.moe``), NumPy with it.
 """
 
 from __future__ import annotations
+
+import importlib
+from types import ModuleType
 
 from tilewise import _core, errors
 
 __version__: str = _core.build_info()["version"]
 
+_ROOMS = ("attention", "cuda", "gemm", "hf", "moe", "reference", "speculation", "testing", "torch")
+
 __all__ = ["__version__", "errors"]
 
 # A wrong TILEWISE_CPU_ISA must fail here, with a message, and not at the first kernel.
 _core.force_isa(None)
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Rooms load when they are first asked for: ``import tilewise as tw; tw.moe.route(...)``."""
+    if name in _ROOMS:
+        return importlib.import_module(f"tilewise.{name}")
+    raise AttributeError(f"module 'tilewise' has no attribute {name!r}; its rooms are {', '.join(_ROOMS)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})
