@@ -73,6 +73,9 @@ packages = sysconfig.get_path("purelib", vars={"base": str(store), "platbase": s
 here = pathlib.Path(sysconfig.get_path("purelib"))
 # addsitedir, so that the store's own .pth files count too.
 here.joinpath("tilewise-dev.pth").write_text(f"import site; site.addsitedir({packages!r})\n{checkout / 'python'}\n")
+# cuda.pathfinder looks for NVIDIA's libraries and headers in the site directories, not along the import path.
+if pathlib.Path(packages, "nvidia").is_dir():
+    here.joinpath("nvidia").symlink_to(pathlib.Path(packages, "nvidia"))
 script = pathlib.Path(sys.executable).parent / "tilewise"
 script.write_text(f"#!{sys.executable}\nimport sys\n\nfrom tilewise.cli import main\n\nsys.exit(main())\n")
 script.chmod(0o755)

@@ -111,26 +111,10 @@ def _toolkit_headers(text: str) -> list[str]:
         from cuda import pathfinder  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise _need("cuda-pathfinder", error) from error
-    parts = {"cudart": "cuda_fp16.h", "cccl": "cuda/std/version"}
-    found = [pathfinder.find_nvidia_header_directory(part) or _beside(file) for part, file in parts.items()]
+    found = [pathfinder.find_nvidia_header_directory(part) for part in ("cudart", "cccl")]
     if not found[0]:
         raise _need("the CUDA runtime headers (nvidia-cuda-runtime)", ImportError("not found"))
     return [directory for directory in found if directory]
-
-
-def _beside(file: str) -> str | None:
-    """Where the installed ``nvidia`` packages hold a header: the pathfinder asks `site`, not the import path, and so
-    misses packages that a ``.pth`` file brought in."""
-    try:
-        import nvidia  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None
-    for root in nvidia.__path__:
-        for place in sorted(Path(root).glob("*/include")):
-            for folder in (place, place / "cccl"):
-                if (folder / file).exists():
-                    return str(folder)
-    return None
 
 
 def _options(architecture: str, name: str, include: list[str], verbose: bool) -> Any:
