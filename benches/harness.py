@@ -38,6 +38,10 @@ class Timing:
         return (high - low) / self.median
 
 
+#: Seconds between two timings.
+PAUSE = 0.02
+
+
 def interleave(
     functions: dict[str, Callable[[], Any]], rounds: int = 7, warmup: int = 1, least: float = 0.02
 ) -> dict[str, Timing]:
@@ -64,6 +68,8 @@ def interleave(
     for index in range(rounds):
         for name in names[index % len(names) :] + names[: index % len(names)]:
             function, count = functions[name], repeats[name]
+            # OpenMP's threads go on spinning for a while after a call: nobody should start beside another's.
+            time.sleep(PAUSE)
             start = time.perf_counter()
             for _ in range(count):
                 function()
