@@ -2,6 +2,7 @@
 #
 #   VENV=.venv            the environment to make or to use
 #   PYTHON=python3.12     the interpreter to make it with
+#   PROMPT='...'          what the demo continues
 #   ARGS='...'            more arguments for the tool behind a target
 
 SHELL := /usr/bin/env bash
@@ -13,7 +14,6 @@ VENV ?= .venv
 export VENV PYTHON
 # Absolute, so that tools may change directory.
 PY := $(abspath $(VENV))/bin/python
-PROMPT ?= class HTTPServer(
 
 .PHONY: help
 help: ## show this list
@@ -23,7 +23,7 @@ help: ## show this list
 
 .PHONY: demo
 demo: build ## generate text with the default pair, plain and speculative, and compare
-	@$(PY) -m tilewise.cli generate '$(PROMPT)' --compare $(ARGS)
+	@$(PY) -m tilewise.cli generate $(if $(PROMPT),'$(PROMPT)') --compare $(ARGS)
 
 .PHONY: test
 test: test-rust test-python ## run every test: the Rust core without Python, then pytest

@@ -15,8 +15,6 @@ import pytest
 import tilewise
 
 ROOT = Path(__file__).resolve().parent.parent
-# Device modules import without a GPU, but their examples need one.
-NEEDS_A_GPU = ("tilewise.cuda",)
 # Prose with Python in it. (CHANGELOG.md has none.)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [("python/tilewise", "*.py"), ("rust", "*.rs"), ("scripts", "*"), ("benches", "*.py"), ("examples", "*.py")]
@@ -40,8 +38,6 @@ def load(name: str) -> ModuleType:
 
 @pytest.mark.parametrize("name", public_modules())
 def test_docstring_examples(name: str) -> None:
-    if name.startswith(NEEDS_A_GPU) and not gpu():
-        pytest.skip("its examples launch kernels")
     # Spelt as NumPy 2 prints, whatever a user's settings are.
     with np.printoptions(legacy=False):
         result = doctest.testmod(load(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
@@ -56,11 +52,6 @@ def test_public_names_exist_and_are_documented(name: str) -> None:
         value = getattr(module, exported)
         if callable(value) and getattr(value, "__module__", "").startswith("tilewise"):
             assert value.__doc__, f"{name}.{exported} has no docstring"
-
-
-def gpu() -> bool:
-    torch = pytest.importorskip("torch")
-    return torch.cuda.is_available()
 
 
 def blocks(page: Path) -> list[str]:
