@@ -17,8 +17,6 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 BYTES = 96
 
 
@@ -40,6 +38,9 @@ def prompts(count: int) -> list[bytes]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Runs all prompts; medians over prompts."""
+    # asv imports every module here, in an environment with NumPy alone.
+    from tqdm import tqdm
+
     from tilewise.hf.compare import compare
     from tilewise.hf.models import load_pair
 
