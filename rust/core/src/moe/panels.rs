@@ -24,7 +24,7 @@ use std::ops::Range;
 /// Tokens in a task.
 pub const ROWS: usize = 288;
 /// Features or outputs whose weights are copied at a time.
-const FEATURES: usize = 48;
+const FEATURES: usize = 96;
 
 /// Buffers of one thread.
 pub struct Scratch<S: Arithmetic> {
