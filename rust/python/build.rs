@@ -51,5 +51,5 @@ fn main() {
     println!("cargo::rustc-env=TILEWISE_TARGET={}", std::env::var("TARGET").unwrap_or_default());
     println!("cargo::rustc-env=TILEWISE_PROFILE={}", std::env::var("PROFILE").unwrap_or_default());
     println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rerun-if-changed=../../.git/HEAD");
+    println!("cargo::rerun-if-changed=../../.git/logs/HEAD");
 }
