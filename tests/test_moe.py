@@ -188,8 +188,7 @@ def test_router_equals_the_reference(scoring: Any, tokens: int, count: int, k: i
         want_ids, want = reference.moe.route(logits, k, **options)
         assert ids.dtype == np.int32 and weights.dtype == np.float32
         assert np.array_equal(ids, want_ids)
-        if scoring != "softmax" or not renormalise:
-            assert np.allclose(weights, want, rtol=1e-6, atol=0)
+        assert np.allclose(weights, want, rtol=1e-6, atol=0)
 
 
 @given(st.lists(st.integers(-2, 2), min_size=1, max_size=12), st.integers(1, 12))

@@ -51,7 +51,7 @@ def route(
             K largest kept as they are; ``"softmax_renormalised"``: those divided by their sum; ``"sigmoid"``: sigmoid
             per expert, chosen by score + `bias` (DeepSeek-V3, MiniMax-M3).
         bias: ``[experts]``: takes part in a sigmoid's choice, not in its weights.
-        renormalise: divide a sigmoid's K weights by their sum.
+        renormalise: divide the K weights by their sum (``"softmax_topk"`` sums to 1 already).
         scale: factor on the weights.
 
     Returns:

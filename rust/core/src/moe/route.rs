@@ -32,7 +32,7 @@ pub struct Router<'a> {
     pub scoring: Scoring,
     /// Added to a sigmoid's scores when choosing, not to the weights.
     pub bias: Option<&'a [f64]>,
-    /// Divide a sigmoid's K weights by their sum.
+    /// Divide the K weights by their sum (those of `SoftmaxTopk` and `SoftmaxRenormalised` sum to 1 already).
     pub renormalise: bool,
     /// Factor on the weights.
     pub scale: f64,
@@ -115,7 +115,7 @@ fn one_token(router: &Router<'_>, logits: &[f64], best: &mut Vec<usize>, ids: &m
     };
     let chosen: f64 = best.iter().map(|&expert| score(expert)).sum();
     let total = match router.scoring {
-        Scoring::Softmax => logits.iter().map(|&x| exponential(x)).sum(),
+        Scoring::Softmax if !router.renormalise => logits.iter().map(|&x| exponential(x)).sum(),
         Scoring::Sigmoid if !router.renormalise => 1.0,
         _ => chosen,
     };
