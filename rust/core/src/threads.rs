@@ -60,7 +60,7 @@ pub fn set_threads(count: usize) {
 fn pool(count: usize) -> Result<&'static rayon::ThreadPool> {
     let pid = std::process::id();
     // A fork can happen while another thread holds the lock; the child then finds it locked for ever. `try_lock`
-    // with a bounded wait turns that into a serial run of this call instead of a hang.
+    // with a bounded wait turns that into an error instead of a hang.
     let deadline = Instant::now() + Duration::from_secs(1);
     let mut guard = loop {
         match POOLS.try_lock() {
