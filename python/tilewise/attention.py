@@ -120,10 +120,7 @@ def attention(
     batch, heads, queries, head_dim = arrays["query"].shape
     keys, value_dim = arrays["value"].shape[2:]
     left, right = window_bounds(window)
-    if (block_indices is None) != (block_size is None):
-        raise ArgumentError("block_indices and block_size: expected both or neither")
-    if block_size is not None and block_size < 1:
-        raise ArgumentError(f"block_size: expected at least 1, got {block_size}")
+    check_blocks(block_indices, block_size)
     out, result = like(query, (batch, heads, queries, value_dim))
     lse, lse_result = like(query, (batch, heads, queries), "float64" if dtype_name(query) == "float64" else "float32")
     _core.attention(
@@ -153,6 +150,14 @@ def window_bounds(window: tuple[int, int]) -> tuple[int | None, int | None]:
     if min(left, right) < -1:
         raise ArgumentError(f"window: expected bounds of at least 0, or -1 for unlimited, got {window!r}")
     return (None if left == -1 else left), (None if right == -1 else right)
+
+
+def check_blocks(block_indices: Any, block_size: int | None) -> None:
+    """Refuses selected blocks without their size, a size without blocks, and a size below one."""
+    if (block_indices is None) != (block_size is None):
+        raise ArgumentError("block_indices and block_size: expected both or neither")
+    if block_size is not None and block_size < 1:
+        raise ArgumentError(f"block_size: expected at least 1, got {block_size}")
 
 
 def expand_mask(mask: Any, shape: tuple[int, ...]) -> Any:

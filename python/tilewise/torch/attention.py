@@ -7,8 +7,8 @@ from typing import Literal, overload
 import torch
 
 from tilewise import _core
-from tilewise.attention import expand_mask, window_bounds
-from tilewise.errors import ArgumentError, ShapeError, UnsupportedError
+from tilewise.attention import check_blocks, expand_mask, window_bounds
+from tilewise.errors import ShapeError, UnsupportedError
 from tilewise.torch._library import define, refuse_device
 
 __all__ = ["attention"]
@@ -157,10 +157,7 @@ def attention(
             raise ShapeError(f"{name}: expected rank 4 [batch, heads, length, head_dim], got {tuple(tensor.shape)}")
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise UnsupportedError("attention: gradients are not built yet; call it under torch.no_grad()")
-    if (block_indices is None) != (block_size is None):
-        raise ArgumentError("block_indices and block_size: expected both or neither")
-    if block_size is not None and block_size < 1:
-        raise ArgumentError(f"block_size: expected at least 1, got {block_size}")
+    check_blocks(block_indices, block_size)
     left, right = window_bounds(window)
     if mask is not None:
         mask = expand_mask(mask, (query.shape[0], query.shape[1], query.shape[2], key.shape[2]))

@@ -154,6 +154,17 @@ impl<'a> Array<'a> {
         unsafe { *self.address::<T>(index) }
     }
 
+    /// One element of an int32 or int64 array.
+    ///
+    /// # Panics
+    /// On another type, a wrong rank or index.
+    pub fn integer(&self, index: &[usize]) -> i64 {
+        match self.dtype {
+            Dtype::I32 => i64::from(self.get::<i32>(index)),
+            _ => self.get::<i64>(index),
+        }
+    }
+
     fn address<T>(&self, lead: &[usize]) -> *const T {
         let mut offset = 0isize;
         for (axis, &index) in lead.iter().enumerate() {

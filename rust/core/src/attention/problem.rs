@@ -206,7 +206,7 @@ fn check_rules(rules: &Rules<'_>, size: &Size) -> Result<()> {
         for h in 0..shape[1] {
             for i in 0..shape[2] {
                 for slot in 0..shape[3] {
-                    let block = index(blocks, &[b, h, i, slot]);
+                    let block = blocks.integer(&[b, h, i, slot]);
                     if block >= count {
                         let got = format!("{block} at [{b}, {h}, {i}, {slot}]");
                         return Err(Error::value(
@@ -220,14 +220,6 @@ fn check_rules(rules: &Rules<'_>, size: &Size) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// An integer element of either width.
-pub(crate) fn index(array: &Array<'_>, at: &[usize]) -> i64 {
-    match array.dtype() {
-        Dtype::I32 => i64::from(array.get::<i32>(at)),
-        _ => array.get::<i64>(at),
-    }
 }
 
 fn read_sinks(sinks: &Array<'_>, heads: usize) -> Result<Vec<f64>> {

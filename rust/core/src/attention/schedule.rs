@@ -3,7 +3,7 @@
 //! A tile holds `rows` packed rows of one key/value head: row r is query `r / group` of head `r % group`, so that a
 //! key is read once for its whole group.
 
-use super::problem::{Problem, index};
+use super::problem::Problem;
 use crate::dtype::{Flag, Real};
 use crate::view::Matrix;
 use std::ops::Range;
@@ -173,7 +173,7 @@ fn selected_blocks(problem: &Problem<'_>, batch: usize, head: usize, query: usiz
     let index_head = head / (problem.size.query_heads / indices.shape()[1]);
     for slot in 0..indices.shape()[3] {
         // Numbers beyond the keys were refused by `Problem::new`; negative slots are unused.
-        if let Ok(block) = usize::try_from(index(indices, &[batch, index_head, query, slot])) {
+        if let Ok(block) = usize::try_from(indices.integer(&[batch, index_head, query, slot])) {
             bits[block / 64] |= 1 << (block % 64);
         }
     }

@@ -105,7 +105,7 @@ pub fn forward(
         return Err(Error::shape("out", format!("{:?} of {}, as x", x.shape(), x.dtype()), out.shape()));
     }
     let (tokens, slots) = (ids.shape()[0], ids.shape()[1]);
-    let id = |pair: usize| crate::attention::problem::index(ids, &[pair / slots, pair % slots]);
+    let id = |pair: usize| ids.integer(&[pair / slots, pair % slots]);
     let routing = Routing::new((0..tokens * slots).map(id), slots, weights.gate_up.shape()[0]);
     let layer = Layer { x, weights, routing, width, hidden };
     match layer.x.dtype() {
