@@ -1,4 +1,4 @@
-"""Mixture of experts, forward (see :mod:`tilewise.moe`)."""
+"""The expert layer on torch tensors (see :mod:`tilewise.moe.layer`)."""
 
 from __future__ import annotations
 
@@ -6,31 +6,10 @@ import torch
 
 from tilewise import moe
 from tilewise.errors import UnsupportedError
-from tilewise.moe import Activation, Layout, Scoring
+from tilewise.moe import Activation, Layout
 from tilewise.torch._library import define, refuse_device
 
-__all__ = ["experts", "route"]
-
-
-def _route_kernel(
-    logits: torch.Tensor, top_k: int, scoring: str, bias: torch.Tensor | None, renormalise: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return moe.route(logits, top_k, scoring=scoring, bias=bias, renormalise=renormalise, scale=scale)  # type: ignore[arg-type]
-
-
-def _route_fake(
-    logits: torch.Tensor, top_k: int, scoring: str, bias: torch.Tensor | None, renormalise: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (logits.shape[0], top_k)
-    return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float32)
-
-
-_route = define(
-    "moe_route",
-    "(Tensor logits, int top_k, str scoring, Tensor? bias, bool renormalise, float scale) -> (Tensor, Tensor)",
-    _route_kernel,
-    _route_fake,
-)
+__all__ = ["experts"]
 
 
 def _experts_kernel(
@@ -84,31 +63,6 @@ _experts = define(
     _experts_kernel,
     _experts_fake,
 )
-
-
-def route(
-    logits: torch.Tensor,
-    top_k: int,
-    *,
-    scoring: Scoring = "softmax_topk",
-    bias: torch.Tensor | None = None,
-    renormalise: bool = False,
-    scale: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Routers on torch tensors; arguments, results and errors as in :func:`tilewise.moe.route`.
-
-    Raises:
-        UnsupportedError: logits that require a gradient (the backward pass is not built yet).
-
-    Example:
-        >>> import torch
-        >>> from tilewise.torch import moe
-        >>> moe.route(torch.tensor([[0.0, 3.0, 1.0]]), 1)[0]
-        tensor([[1]], dtype=torch.int32)
-    """
-    refuse_device(logits=logits, bias=bias)
-    _refuse_gradient("route", logits=logits)
-    return _route(logits, top_k, scoring, bias, renormalise, float(scale))
 
 
 def experts(

@@ -1,0 +1,8 @@
+"""Mixture of experts (see :mod:`tilewise.moe`)."""
+
+from __future__ import annotations
+
+from tilewise.torch.moe.layer import experts
+from tilewise.torch.moe.routers import route
+
+__all__ = ["experts", "route"]
