@@ -138,30 +138,25 @@ fn typed<S: Arithmetic>(
     // dH, then A scaled; every element that is read was written before.
     let mut slopes = Buffer::<S>::new(count * stage.slope_stride);
     let mut active = Buffer::<S>::new(count * layer.hidden);
-    let t0 = std::time::Instant::now();
     let groups = layer.hidden.div_ceil(slopes::GROUP).max(1);
     let mut products = vec![S::Acc::ZERO; count * groups];
     let inner = x.is_some() || grad_scores.is_some() || gate_up.is_some() || down.is_some() || gate_up_bias.is_some();
     if inner && count > 0 {
         slopes::hidden(&stage, &mut slopes, &mut active, &mut products)?;
     }
-    let t1 = std::time::Instant::now();
     let slopes = Matrix::new(&slopes, count, features, stage.slope_stride);
     if let Some(out) = x {
         let mut rows = Buffer::<S::Acc>::new(count * layer.width);
         if count > 0 && layer.width > 0 {
             slopes::input(&stage, slopes, &mut rows)?;
         }
-        let ta = std::time::Instant::now(); eprint!("input {:.0} ", (ta-t1).as_secs_f64()*1e3);
         aggregate::<S>(&layer.routing, layer.tokens(), layer.width, &rows, None, out)?;
     }
     if let Some(out) = grad_scores {
         score_gradients::<S>(layer, &products, out);
     }
-    let t2 = std::time::Instant::now();
     let active = Matrix::new(&active, count, layer.hidden, layer.hidden);
     outer::weights(&stage, slopes, active, gate_up, down)?;
-    eprintln!("hidden {:.0} input+agg {:.0} outer {:.0}", (t1-t0).as_secs_f64()*1e3, (t2-t1).as_secs_f64()*1e3, t2.elapsed().as_secs_f64()*1e3);
     outer::biases(&stage, slopes, gate_up_bias, down_bias)
 }
 
