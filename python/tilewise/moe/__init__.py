@@ -1,12 +1,25 @@
 """Mixture of experts.
 
-* :mod:`tilewise.moe.routers`: logits to expert ids and weights;
+* :mod:`tilewise.moe.routers`: logits to expert ids and weights, and the loss that balances the load;
+* :mod:`tilewise.moe.rounding`: token rounding, and :class:`Routing`, a routing as pairs;
 * :mod:`tilewise.moe.layer`: the expert layer.
 """
 
 from __future__ import annotations
 
 from tilewise.moe.layer import ACTIVATIONS, Activation, Layout, experts
-from tilewise.moe.routers import Scoring, route
+from tilewise.moe.rounding import Routing, Rule, round_tokens
+from tilewise.moe.routers import Scoring, load_balance_loss, route
 
-__all__ = ["ACTIVATIONS", "Activation", "Layout", "Scoring", "experts", "route"]
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "Layout",
+    "Routing",
+    "Rule",
+    "Scoring",
+    "experts",
+    "load_balance_loss",
+    "round_tokens",
+    "route",
+]

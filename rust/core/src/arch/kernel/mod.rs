@@ -5,10 +5,12 @@
 //! * [`rows`]: both operands along the reduction (matrix times few rows, bound by memory);
 //! * [`softmax`]: one block of the online softmax over a score tile;
 //! * [`pack`]: transposition into panels and back;
+//! * [`rank`]: which elements of a row are large, and the scores they are ranked by (routers, token rounding);
 //! * [`pointwise`]: gated activations and small row operations.
 
 pub(super) mod pack;
 pub(super) mod pointwise;
+pub(super) mod rank;
 pub(super) mod rows;
 pub(super) mod softmax;
 pub(super) mod tile;
