@@ -1,17 +1,22 @@
-//! Mixture of experts, forward.
+//! Mixture of experts.
 //!
 //! * [`route`]: routers: logits to (expert ids, weights); [`route_backward`]: their gradients;
 //! * `largest`: exact top-k; `score`: rows of scores of any floating type;
 //! * [`rounding`]: token rounding; [`rounding_rules`]: how many tokens an expert gets; [`rounding_backward`];
 //! * [`routing`]: [`Routing`](routing::Routing), the one form in which every other part sees a routing;
-//! * [`layer`]: the expert layer, validated and dispatched;
-//! * `panels`: experts with many rows (packed panels);
-//! * `lines`: experts with few rows (bound by reading their weights once).
+//! * [`problem`]: the expert layer's arguments, checked;
+//! * [`forward`]: the layer; `panels` for experts with many rows, `lines` for those with few;
+//! * [`backward`]: its gradients; `slopes` back to the input, `outer` for the weights;
+//! * `aggregate`: the sum over a token's rows, last stage of both directions.
 
+mod aggregate;
+pub mod backward;
+pub mod forward;
 mod largest;
-pub mod layer;
 mod lines;
+mod outer;
 mod panels;
+pub mod problem;
 pub mod rounding;
 pub mod rounding_backward;
 pub mod rounding_rules;
@@ -19,5 +24,6 @@ pub mod route;
 pub mod route_backward;
 pub mod routing;
 mod score;
+mod slopes;
 #[cfg(test)]
 mod tests;
