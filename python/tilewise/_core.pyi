@@ -107,6 +107,7 @@ def route_backward(
     renormalise: bool,
     scale: float,
 ) -> None: ...
+
 @final
 class Rounding:
     def __len__(self) -> int: ...

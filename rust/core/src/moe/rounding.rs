@@ -255,8 +255,8 @@ fn scan<S: Score>(
             *found[range].lock().unwrap_or_else(PoisonError::into_inner) = best;
         },
     )?;
-    bad_score.into_result("scores")?;
-    bad_weight.into_result("weights")?;
+    bad_score.into_result("scores", "expert")?;
+    bad_weight.into_result("weights", "slot")?;
     Ok((ranks, found.into_iter().map(|range| range.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()))
 }
 
