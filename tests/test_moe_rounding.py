@@ -341,7 +341,7 @@ def test_gradcheck(rule: Any, weighed: bool, renormalise: bool) -> None:
     ids, _ = twt.moe.route(logits, 2)
     scores, weights = torch.rand(12, 4).double().requires_grad_(), torch.rand(12, 2).double().requires_grad_()
     inputs = (scores, ids, weights if weighed else None)
-    assert torch.autograd.gradcheck(lambda s, i, w: twt.moe.round_tokens(s, i, w, **options).weights, inputs)
+    assert torch.autograd.gradcheck(lambda s, i, w: twt.moe.round_tokens(s, i, w, **options).weights, inputs)  # type: ignore[arg-type]
     routing = twt.moe.round_tokens(*inputs, **options)
     (routing.weights * torch.randn(len(routing.weights))).sum().backward()
     kept = torch.zeros(12, 4).bool()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypedDict, final, type_check_only
 
 __all__ = [
+    "Rounding",
     "attention",
     "build_info",
     "cuda_files",

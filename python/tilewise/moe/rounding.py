@@ -100,17 +100,17 @@ def round_tokens(
     With f the number of tokens that chose an expert, it keeps the first c of all tokens in the order (chose it first,
     score descending, token ascending). c is one of the two multiples of `tile` around f (f itself if it is one):
 
-    ==================  ======================================================================================
-    ``"nearest"``       the nearer one; half a tile goes down (NR-f)
-    ``"stochastic"``    up with probability (f mod tile) / tile, so that c is f on average (SR-f)
-    ``"nearest_score"`` up with probability a / (a + b): a the scores of the chosen tokens of the last tile, b those
-                        of the tokens that would fill it; down where that is no number (NR-s)
-    ``"balance"``       by ascending expert, whichever keeps the sum of all changes so far nearer to 0; ties go down:
-                        the number of pairs changes by at most half a tile (Balance-f). One expert may move by up to
-                        tile - 1, not only by half a tile as the paper says.
-    ``"up"``            the upper one: no chosen pair is lost
-    ``"down"``          the lower one: no pair is added (token dropping)
-    ==================  ======================================================================================
+    =====================  ===================================================================================
+    ``"nearest"``          the nearer one; half a tile goes down (NR-f)
+    ``"stochastic"``       up with probability (f mod tile) / tile, so that c is f on average (SR-f)
+    ``"nearest_score"``    up with probability a / (a + b): a the scores of the chosen tokens of the last tile, b
+                           those of the tokens that would fill it; down where that is no number (NR-s)
+    ``"balance"``          by ascending expert, whichever keeps the sum of all changes so far nearer to 0; ties go
+                           down: the number of pairs changes by at most half a tile (Balance-f). One expert may
+                           move by up to tile - 1, not only by half a tile as the paper says.
+    ``"up"``               the upper one: no chosen pair is lost
+    ``"down"``             the lower one: no pair is added (token dropping)
+    =====================  ===================================================================================
 
     What follows from that: an expert with fewer than `tile` tokens may lose all of them, and with ``"nearest"`` and few
     tokens (top_k * tokens / experts < tile / 2) every expert may; a token may end with no expert (its output is 0) or
