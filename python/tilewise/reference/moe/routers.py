@@ -103,9 +103,8 @@ def route(
         if renormalise:
             # e^-top cancels out of the quotients, and they survive where every sigmoid underflows.
             top = np.maximum(np.minimum(logits_of_chosen.max(axis=-1, keepdims=True), 0.0), -1e300)
-            with np.errstate(over="ignore"):
-                small = np.exp(logits_of_chosen - top) / (1.0 + np.exp(logits_of_chosen))
-            weights = np.where(logits_of_chosen < 0, small, weights)
+            negative = np.minimum(logits_of_chosen, 0.0)
+            weights = np.where(logits_of_chosen < 0, np.exp(negative - top) / (1.0 + np.exp(negative)), weights)
             total = weights.sum(axis=-1, keepdims=True)
             weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
     elif scoring == "softmax" and not renormalise:
