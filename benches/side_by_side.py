@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import itertools
 import json
 import sys
@@ -68,53 +69,113 @@ def attention(dtype: str) -> Iterator[Comparison]:
         yield Comparison("attention", case, dtype, {OURS: ours, "torch SDPA": sdpa}, decode)
 
 
+def _expert_loop(x: Any, ids: Any, weights: Any, gate_up: Any, down: Any) -> Any:
+    """An expert at a time, as models are written; parameters unbound once, so that a gradient is made of slices."""
+    import torch
+
+    functional = torch.nn.functional
+    out = torch.zeros_like(x)
+    used = torch.unique(ids).tolist()
+    ups, downs = gate_up.unbind(0), down.unbind(0)
+    for expert in used:
+        token, slot = torch.where(ids == expert)
+        gate, up = functional.linear(x[token], ups[expert]).chunk(2, -1)
+        rows = functional.linear(functional.silu(gate) * up, downs[expert]) * weights[token, slot, None].to(x.dtype)
+        out = out.index_add(0, token, rows)
+    return out
+
+
+def _grouped(x: Any, ids: Any, weights: Any, gate_up: Any, down: Any) -> Any:
+    """torch's grouped_mm over sorted rows."""
+    import torch
+
+    functional = torch.nn.functional
+    flat = ids.flatten()
+    order = flat.argsort()
+    ends = torch.bincount(flat, minlength=len(gate_up)).cumsum(0).to(torch.int32)
+    token = order // ids.shape[1]
+    hidden = functional.grouped_mm(x[token], gate_up.transpose(1, 2), offs=ends)
+    gate, up = hidden.chunk(2, -1)
+    rows = functional.grouped_mm(functional.silu(gate) * up, down.transpose(1, 2), offs=ends)
+    rows = rows * weights.flatten()[order, None].to(x.dtype)
+    return torch.zeros_like(x).index_add_(0, token, rows)
+
+
+def _routing(case: cases.Moe) -> tuple[Any, Any]:
+    """Expert ids and weights; a Zipf law puts ``1 / rank^s`` of the draws on an expert, without repeats in a token."""
+    import torch
+
+    import tilewise.torch as twt
+
+    law = -case.zipf * torch.arange(1, case.experts + 1).log()
+    # The K largest of log-probabilities with Gumbel noise are K draws without replacement.
+    noise = -torch.empty(case.tokens, case.experts).exponential_().log()
+    return twt.moe.route(law + noise, case.top_k)
+
+
+def _problem(case: cases.Moe, dtype: str) -> tuple[Any, Any, Any]:
+    import torch
+
+    torch.manual_seed(0)
+    kind = getattr(torch, dtype)
+    x = torch.randn(case.tokens, case.width).to(kind)
+    gate_up = (torch.randn(case.experts, 2 * case.hidden, case.width) / case.width**0.5).to(kind)
+    down = (torch.randn(case.experts, case.width, case.hidden) / case.hidden**0.5).to(kind)
+    return x, gate_up, down
+
+
 def moe(dtype: str) -> Iterator[Comparison]:
     """Ours, a loop over experts, and torch's grouped_mm, all from the same routing."""
     import torch
 
     import tilewise.torch as twt
 
-    silu, linear = torch.nn.functional.silu, torch.nn.functional.linear
     for case in cases.MOE:
-        torch.manual_seed(0)
-        kind = getattr(torch, dtype)
-        x = torch.randn(case.tokens, case.width).to(kind)
-        gate_up = (torch.randn(case.experts, 2 * case.hidden, case.width) / case.width**0.5).to(kind)
-        down = (torch.randn(case.experts, case.width, case.hidden) / case.hidden**0.5).to(kind)
+        x, gate_up, down = _problem(case, dtype)
         # Every step of a decoder goes to other experts: with one routing the weights would stay in the cache.
-        count = 8 if case.tokens <= 16 else 1
-        routings = [twt.moe.route(torch.randn(case.tokens, case.experts), case.top_k) for _ in range(count)]
-        turns = {name: itertools.cycle(routings) for name in (OURS, "expert loop", "grouped_mm")}
+        routings = [_routing(case) for _ in range(8 if case.tokens <= 16 else 1)]
+        layers = {OURS: twt.moe.experts, "expert loop": _expert_loop, "grouped_mm": _grouped}
+        quantised = None
+        if case.tokens <= 16:
+            layers["tilewise int8"] = twt.moe.experts
+            quantised = twt.moe.quantise_experts(gate_up, down)
 
-        def ours(x: Any = x, r: Any = turns[OURS], u: Any = gate_up, d: Any = down) -> Any:
-            return twt.moe.experts(x, *next(r), u, d)
+        def function(name: str, layer: Any) -> Callable[[], Any]:
+            turn = itertools.cycle(routings)
+            if name.endswith("int8"):
+                q = quantised
+                scales = {"gate_up_scale": q.gate_up_scale, "down_scale": q.down_scale}
+                return lambda: layer(x, *next(turn), q.gate_up, q.down, **scales)
+            return lambda: layer(x, *next(turn), gate_up, down)
 
-        def loop(x: Any = x, r: Any = turns["expert loop"], u: Any = gate_up, d: Any = down) -> Any:
-            i, w = next(r)
-            out = torch.zeros_like(x)
-            for expert in torch.unique(i).tolist():
-                token, slot = torch.where(i == expert)
-                gate, up = linear(x[token], u[expert]).chunk(2, -1)
-                rows = linear(silu(gate) * up, d[expert]) * w[token, slot, None].to(x.dtype)
-                out.index_add_(0, token, rows)
-            return out
-
-        def grouped(x: Any = x, r: Any = turns["grouped_mm"], u: Any = gate_up, d: Any = down) -> Any:
-            i, w = next(r)
-            flat = i.flatten()
-            order = flat.argsort()
-            ends = torch.bincount(flat, minlength=len(u)).cumsum(0).to(torch.int32)
-            token = order // i.shape[1]
-            hidden = torch.nn.functional.grouped_mm(x[token], u.transpose(1, 2), offs=ends)
-            gate, up = hidden.chunk(2, -1)
-            rows = torch.nn.functional.grouped_mm(silu(gate) * up, d.transpose(1, 2), offs=ends)
-            rows = rows * w.flatten()[order, None].to(x.dtype)
-            return torch.zeros_like(x).index_add_(0, token, rows)
-
-        functions = {OURS: ours, "expert loop": loop, "grouped_mm": grouped}
-        used = sum(len(torch.unique(ids)) for ids, _ in routings) / count
+        used = sum(len(torch.unique(ids)) for ids, _ in routings) / len(routings)
         size = round(used * 3 * case.width * case.hidden * x.element_size()) if case.tokens <= 16 else None
-        yield Comparison("moe", case, dtype, functions, size)
+        yield Comparison("moe", case, dtype, {name: function(name, layer) for name, layer in layers.items()}, size)
+        del x, gate_up, down, quantised
+
+
+def moe_training(dtype: str) -> Iterator[Comparison]:
+    """As :func:`moe`, forward and backward: gradients of the tokens, the routing weights and both expert weights."""
+    import torch
+
+    import tilewise.torch as twt
+
+    for case in cases.MOE_TRAINING:
+        x, gate_up, down = _problem(case, dtype)
+        ids, weights = _routing(case)
+        leaves = [tensor.requires_grad_() for tensor in (x, weights, gate_up, down)]
+        grad = torch.randn(x.shape).to(x.dtype)
+
+        def step(layer: Any, i: Any = ids, leaves: Any = leaves, grad: Any = grad) -> Any:
+            x, w, u, d = leaves
+            with torch.enable_grad():
+                out = layer(x, i, w, u, d)
+                return torch.cat([g.flatten()[:4096].float() for g in torch.autograd.grad(out, leaves, grad)])
+
+        layers = {OURS: twt.moe.experts, "expert loop": _expert_loop, "grouped_mm": _grouped}
+        functions = {name: functools.partial(step, layer) for name, layer in layers.items()}
+        yield Comparison("moe_training", case, dtype, functions)
+        del x, gate_up, down, leaves, functions
 
 
 def gemm(dtype: str) -> Iterator[Comparison]:
@@ -138,7 +199,12 @@ def gemm(dtype: str) -> Iterator[Comparison]:
         yield Comparison("gemm", case, dtype, {OURS: ours, "torch.matmul": theirs}, size)
 
 
-ROOMS: dict[str, Callable[[str], Iterator[Comparison]]] = {"attention": attention, "moe": moe, "gemm": gemm}
+ROOMS: dict[str, Callable[[str], Iterator[Comparison]]] = {
+    "attention": attention,
+    "moe": moe,
+    "moe_training": moe_training,
+    "gemm": gemm,
+}
 
 
 def check(comparison: Comparison) -> None:
