@@ -483,9 +483,8 @@ def test_adversarial_8_tokens_with_no_expert_and_with_all() -> None:
     ids, weights = torch.tensor([0, 1, 2, 3, 2]), torch.ones(5, dtype=torch.float64)
     x = t["x"].requires_grad_()
     out = twt.moe.experts(x, ids, weights, t["gate_up"], t["down"], token_ids=tokens)
-    want = reference.moe.experts(
-        t["x"].detach(), [[-1] * 4, [0, 1, 2, 3], [-1] * 4, [-1] * 4, [2, -1, -1, -1]], np.ones((5, 4)), t["gate_up"], t["down"]
-    )  # fmt: skip
+    slots = [[-1] * 4, [0, 1, 2, 3], [-1] * 4, [-1] * 4, [2, -1, -1, -1]]
+    want = reference.moe.experts(t["x"].detach(), slots, np.ones((5, 4)), t["gate_up"], t["down"])
     assert np.allclose(out.detach().numpy(), want, rtol=1e-12)
     out.sum().backward()
     assert x.grad is not None and (x.grad[[0, 2, 3]] == 0).all() and (x.grad[[1, 4]] != 0).all()
