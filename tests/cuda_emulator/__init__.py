@@ -30,7 +30,8 @@ def compiler() -> str | None:
 
 def build(source_directory: Path, work: Path, kernels: Iterable[Kernel]) -> ctypes.CDLL:
     """Compile kernels for the CPU. ``source_directory`` must be what TILEWISE_CUDA_SOURCE_DIR says."""
-    shutil.copytree(HERE / "common", source_directory / "common", dirs_exist_ok=True)
+    for part in ("common", "ptx"):
+        shutil.copytree(HERE / part, source_directory / part, dirs_exist_ok=True)
     kernels = list(kernels)
     stubs = "".join(f"{kernel.stub}EMULATED({kernel.name})\n" for kernel in kernels)
     (entry,) = {kernel.entry for kernel in kernels}

@@ -21,6 +21,9 @@ inline f32 __uint_as_float(u32 bits) {
     return x;
 }
 
+inline f32 __expf(f32 x) { return expf(x); }
+inline f32 __fdividef(f32 x, f32 y) { return x / y; }
+
 inline f32 infinity() { return __uint_as_float(0x7f800000u); }
 inline f32 not_a_number() { return __uint_as_float(0x7fc00000u); }
 

@@ -1,0 +1,163 @@
+// Routers: which experts a token goes to, and with what weight.
+#pragma once
+
+#include "../common/index.cuh"
+#include "../common/order.cuh"
+#include "../common/types.cuh"
+#include "../common/warp.cuh"
+
+namespace tilewise {
+namespace moe {
+
+enum Scoring : i32 { SOFTMAX_TOPK = 0, SOFTMAX = 1, SIGMOID = 2 };
+
+constexpr i32 GROUP = 8;  // slots of a lane that share one "best"
+
+// exp(x - top) that is 1 at the top even if that is infinite: a row of -inf shares evenly, +inf takes all.
+__device__ __forceinline__ f32 exponential(f32 x, f32 top) { return x == top ? 1.0f : expf(x - top); }
+
+// The sigmoid of x, relatively exact on both sides; where x < 0, times exp(-shift).
+__device__ __forceinline__ f32 sigmoid(f32 x, f32 shift = 0.0f) {
+    return x >= 0.0f ? 1.0f / (1.0f + expf(-x)) : expf(x - shift) / (1.0f + expf(x));
+}
+
+struct Best {
+    u32 key;
+    i32 slot;
+};
+
+// Strictly larger wins: of equal keys the earlier slot, which is the lower expert, stays.
+__device__ __forceinline__ Best best_of_group(const u32 (*key)[WARP], i32 group, i32 lane) {
+    Best best{key[group * GROUP][lane], group * GROUP};
+#pragma unroll
+    for (i32 slot = group * GROUP + 1; slot < (group + 1) * GROUP; ++slot) {
+        const u32 other = key[slot][lane];
+        if (other > best.key) best = Best{other, slot};
+    }
+    return best;
+}
+
+// Chooses `top_k` experts for each row of logits [tokens, experts] and weighs them. top_k <= 64 (two results a lane),
+// experts <= GROUPS * 256; a block is WARPS * 32 threads and does WARPS rows.
+//
+//   for each row:
+//       score  = logit | softmax(row) | sigmoid(logit)           by `scoring`
+//       choice = score + bias                                    a bias comes with the sigmoid alone
+//       repeat top_k times:
+//           e = the expert not yet taken with the largest choice (ties: lower e; NaN ranks last)
+//           take e
+//       weight = softmax(taken logits) | score[taken] | score[taken] / sum(score[taken])
+//       write taken, weight * scale
+//
+// Departures, each for speed, none for less exactness:
+//   1. One warp a row. Lane l looks after experts l, l + 32, l + 64, ... ("slots"), so reads coalesce for every
+//      alignment and every number of experts.
+//   2. Choices become order keys once (common/order.cuh). The best of a warp is then two integer reductions: the
+//      largest key, then the lowest expert among the lanes that hold it. Nothing is packed into mantissa bits.
+//   3. Without a bias the key is the logit's: softmax and sigmoid rise with it, so no tie arises from their rounding.
+//   4. A lane's keys lie in its own column of shared memory: no bank conflict, no barrier, and they can be indexed,
+//      which registers cannot. What every step reads, the best of each group of eight slots, is in registers. A step
+//      changes one group of one lane, so it costs GROUP + GROUPS comparisons instead of one for each slot.
+//   5. Only the taken expert's number is carried. Lane k reads the logit of the k-th again (the row is in a cache),
+//      so weights come from exact logits.
+//   6. A softmax over all experts that is renormalised is computed over the taken logits, and a renormalised sigmoid
+//      is scaled by its largest logit: the same values, and they survive where every score underflows.
+template <class T, i32 GROUPS, i32 WARPS>
+__device__ __forceinline__ void route(i32* __restrict__ ids, f32* __restrict__ weights, const T* __restrict__ logits,
+                                      i64 stride, const f32* __restrict__ bias, i64 tokens, i32 experts, i32 top_k,
+                                      i32 scoring, i32 renormalise, f32 scale) {
+    __shared__ u32 keys[WARPS][GROUPS * GROUP][WARP];
+
+    const i32 warp = static_cast<i32>(threadIdx.x) / WARP, lane = lane_id();
+    const i64 token = static_cast<i64>(blockIdx.x) * WARPS + warp;
+    if (token >= tokens) return;  // the same for all lanes of a warp
+    const T* row = row_of(logits, token, stride);
+    u32(*key)[WARP] = keys[warp];  // key[slot][lane]
+
+    f32 row_top = -infinity(), row_sum = 0.0f;
+    if (scoring == SOFTMAX && !renormalise) {
+        for (i32 expert = lane; expert < experts; expert += WARP) row_top = fmaxf(row_top, to_f32(row[expert]));
+        row_top = warp_max(row_top);
+        for (i32 expert = lane; expert < experts; expert += WARP) row_sum += exponential(to_f32(row[expert]), row_top);
+        row_sum = warp_sum(row_sum);
+    }
+
+#pragma unroll 8
+    for (i32 slot = 0; slot < GROUPS * GROUP; ++slot) {
+        const i32 expert = slot * WARP + lane;
+        u32 own = KEY_ABSENT;
+        if (expert < experts) {
+            f32 choice = to_f32(row[expert]);
+            if (bias != nullptr) choice = sigmoid(choice) + bias[expert];
+            own = order_key(choice);
+        }
+        key[slot][lane] = own;
+    }
+    Best best[GROUPS];
+#pragma unroll
+    for (i32 group = 0; group < GROUPS; ++group) best[group] = best_of_group(key, group, lane);
+
+    u32 taken0 = 0, taken1 = 0;  // results lane and lane + 32
+    for (i32 k = 0; k < top_k; ++k) {
+        Best own = best[0];
+#pragma unroll
+        for (i32 group = 1; group < GROUPS; ++group) {
+            if (best[group].key > own.key) own = best[group];
+        }
+        const u32 top_key = warp_max(own.key);
+        const u32 expert = warp_min(own.key == top_key ? static_cast<u32>(own.slot * WARP + lane) : 0xffffffffu);
+        if (k == lane) taken0 = expert;
+        if (k == lane + WARP) taken1 = expert;
+        if (expert % WARP != lane) continue;  // the lane it belongs to repairs its group
+
+        key[own.slot][lane] = KEY_ABSENT;
+        const i32 changed = own.slot / GROUP;
+        const Best next = best_of_group(key, changed, lane);
+#pragma unroll
+        for (i32 group = 0; group < GROUPS; ++group) {
+            if (group == changed) best[group] = next;
+        }
+    }
+
+    const bool first = lane < top_k, second = lane + WARP < top_k;
+    const f32 logit0 = first ? to_f32(row[taken0]) : -infinity();
+    const f32 logit1 = second ? to_f32(row[taken1]) : -infinity();
+    const f32 top = warp_max(fmaxf(logit0, logit1));
+    f32 weight0, weight1, sum;
+    if (scoring == SIGMOID) {
+        const f32 shift = renormalise && top > -infinity() ? fminf(top, 0.0f) : 0.0f;
+        weight0 = sigmoid(logit0, shift);
+        weight1 = sigmoid(logit1, shift);
+    } else {
+        weight0 = exponential(logit0, scoring == SOFTMAX && !renormalise ? row_top : top);
+        weight1 = exponential(logit1, scoring == SOFTMAX && !renormalise ? row_top : top);
+    }
+    if (scoring == SOFTMAX_TOPK || renormalise) {
+        sum = warp_sum((first ? weight0 : 0.0f) + (second ? weight1 : 0.0f));
+    } else {
+        sum = scoring == SOFTMAX ? row_sum : 1.0f;
+    }
+    weight0 = sum == 0.0f ? 0.0f : weight0 / sum * scale;  // every chosen sigmoid is 0: nothing to renormalise
+    weight1 = sum == 0.0f ? 0.0f : weight1 / sum * scale;
+    const i64 start = token * top_k;
+    if (first) {
+        ids[start + lane] = static_cast<i32>(taken0);
+        weights[start + lane] = weight0;
+    }
+    if (second) {
+        ids[start + lane + WARP] = static_cast<i32>(taken1);
+        weights[start + lane + WARP] = weight1;
+    }
+}
+
+}  // namespace moe
+}  // namespace tilewise
+
+// The parameters stand here, beside the code they belong to; a stub only names, types and sizes.
+#define INSTANTIATE_MOE_ROUTE(NAME, TYPE, GROUPS, WARPS)                                                              \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                          \
+        NAME(int* ids, float* weights, const TYPE* logits, long long stride, const float* bias, long long tokens,     \
+             int experts, int top_k, int scoring, int renormalise, float scale) {                                     \
+        tilewise::moe::route<TYPE, GROUPS, WARPS>(ids, weights, logits, stride, bias, tokens, experts, top_k,         \
+                                                  scoring, renormalise, scale);                                       \
+    }

@@ -1,0 +1,34 @@
+// Stands in for cuda/ptx/async.cuh: a copy is made when its thread waits for its group, and not before.
+#pragma once
+
+#include "../common/memory.cuh"
+#include "../common/types.cuh"
+#include "shared.cuh"
+
+namespace tilewise {
+
+inline void async_copy_16(shared_t target, const void* source, bool wanted) {
+    check_16(source);
+    emulator::threads[emulator::current].copies.push_back({shared_pointer<char>(target, 16), wanted ? source : nullptr});
+}
+
+inline void async_commit() {
+    emulator::Thread& thread = emulator::threads[emulator::current];
+    thread.committed.push_back(thread.copies.size());
+}
+
+template <i32 PENDING> inline void async_wait() {
+    emulator::Thread& thread = emulator::threads[emulator::current];
+    if (thread.committed.size() <= PENDING) return;
+    const std::size_t arrived = thread.committed.size() - PENDING, count = thread.committed[arrived - 1];
+    for (std::size_t i = 0; i < count; ++i) {
+        const emulator::Copy& copy = thread.copies[i];
+        if (copy.source == nullptr) std::memset(copy.target, 0, 16);
+        else std::memcpy(copy.target, copy.source, 16);
+    }
+    thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<std::ptrdiff_t>(count));
+    thread.committed.erase(thread.committed.begin(), thread.committed.begin() + static_cast<std::ptrdiff_t>(arrived));
+    for (std::size_t& end : thread.committed) end -= count;
+}
+
+}  // namespace tilewise
