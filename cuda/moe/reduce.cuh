@@ -35,10 +35,10 @@ __device__ __forceinline__ void score_gradient(f32* __restrict__ out, const f32*
     if (lane == 0) out[pair] = sum;
 }
 
-// out[e, c] = sum over rows r of e of scale[pair of r] * in[r or its token, c]. A block does 32 columns of an expert; its warp w the
-// rows w, w + WARPS, ...; then the warps' sums are added in their order.
+// out[e, c] = sum over rows r of e of scale[pair of r] * in[r or its token, c], rounded once. A block does 32 columns of
+// an expert, its warp w the rows w, w + WARPS, ...; then the warps' sums are added in their order.
 template <class T, i32 WARPS>
-__device__ __forceinline__ void bias_gradient(f32* __restrict__ out, const T* __restrict__ in, i64 stride,
+__device__ __forceinline__ void bias_gradient(T* __restrict__ out, const T* __restrict__ in, i64 stride,
                                               const i32* __restrict__ map, const i32* __restrict__ row_pair,
                                               const f32* __restrict__ scale, const i32* __restrict__ offsets,
                                               i64 columns, i64 units, i32 interleaved) {
@@ -60,7 +60,7 @@ __device__ __forceinline__ void bias_gradient(f32* __restrict__ out, const T* __
     block_barrier();
     if (warp > 0 || column >= columns) return;
     for (i32 other = 1; other < WARPS; ++other) sum += sums[other][lane];
-    row_of(out, expert, columns)[GateUp{units, interleaved != 0}.row(column)] = sum;
+    row_of(out, expert, columns)[GateUp{units, interleaved != 0}.row(column)] = from_f32<T>(sum);
 }
 
 }  // namespace moe
@@ -77,7 +77,7 @@ __device__ __forceinline__ void bias_gradient(f32* __restrict__ out, const T* __
 
 #define INSTANTIATE_MOE_BIAS_GRADIENT(NAME, TYPE, WARPS)                                                              \
     extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                          \
-        NAME(float* out, const TYPE* in, long long stride, const int* map, const int* row_pair, const float* scale,   \
+        NAME(TYPE* out, const TYPE* in, long long stride, const int* map, const int* row_pair, const float* scale,    \
              const int* offsets, long long columns, long long units, int interleaved) {                               \
         tilewise::moe::bias_gradient<TYPE, WARPS>(out, in, stride, map, row_pair, scale, offsets, columns, units,     \
                                                   interleaved);                                                       \

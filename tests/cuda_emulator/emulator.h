@@ -97,7 +97,10 @@ template <std::size_t COUNT> inline const std::uint64_t* exchange(const std::uin
     return box;
 }
 
-inline const std::uint64_t* exchange(std::uint64_t mine) { return exchange({mine}); }
+inline const std::uint64_t* exchange(std::uint64_t mine) {
+    const std::uint64_t words[1] = {mine};
+    return exchange(words);
+}
 
 inline void barrier() {
     Thread& thread = threads[current];

@@ -1,0 +1,116 @@
+"""Routers on NVIDIA GPUs (see :mod:`tilewise.moe.routers`).
+
+NaN logits are not an error here, because looking for them would wait for the GPU: they rank last, and they make the
+weights of their own token NaN where the formula reads them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tilewise.cuda.kernel import TYPES, Kernel
+from tilewise.cuda.launch import describe, empty, launch, same_place
+from tilewise.errors import ArgumentError, ShapeError, UnsupportedError
+from tilewise.moe import Scoring
+
+__all__ = ["KERNELS", "MAX_EXPERTS", "MAX_TOP_K", "route"]
+
+MAX_TOP_K = 64
+MAX_EXPERTS = 4096
+
+# Groups of 256 experts in the router's shared memory -> warps of a block (a warp a row, 32 KiB a block at most).
+_ROUTE_WARPS = {1: 4, 2: 4, 4: 4, 16: 2}
+
+# (kernel's Scoring, renormalise): enum Scoring in cuda/moe/route.cuh
+_SCORINGS = {
+    "softmax_topk": (0, False),
+    "softmax": (1, False),
+    "softmax_renormalised": (1, True),
+    "sigmoid": (2, False),
+}
+
+
+def _route_kernel(dtype: str, groups: int) -> Kernel:
+    name = f"tilewise_moe_route_{TYPES[dtype]}_{groups}"
+    stub = f"INSTANTIATE_MOE_ROUTE({name}, tilewise::{TYPES[dtype]}, {groups}, {_ROUTE_WARPS[groups]})\n"
+    return Kernel(name, "moe.cuh", stub)
+
+
+#: Every instantiation of the router.
+KERNELS: tuple[Kernel, ...] = tuple(_route_kernel(dtype, groups) for dtype in TYPES for groups in _ROUTE_WARPS)
+
+
+def route(
+    logits: Any,
+    top_k: int,
+    *,
+    scoring: Scoring = "softmax_topk",
+    bias: Any | None = None,
+    renormalise: bool = False,
+    scale: float = 1.0,
+) -> tuple[Any, Any]:
+    """Choose ``top_k`` experts for each token and weigh them, in one kernel.
+
+    Args:
+        logits: ``[T, E]``, float32, float16 or bfloat16; any stride between rows. ``E`` is at most 4096. NaN ranks
+            below every number.
+        top_k: experts a token, from 1 to ``min(E, 64)``.
+        scoring: ``softmax_topk``, ``softmax``, ``softmax_renormalised`` or ``sigmoid``, as in
+            :func:`tilewise.moe.route`.
+        bias: ``[E]`` of a floating type, with ``sigmoid`` alone: added to the scores for the choice, not to the
+            weights. That sum is float32: choices that lie within its rounding may swap.
+        renormalise: divide the weights of a token by their sum.
+        scale: factor on the final weights.
+
+    Returns:
+        ``(expert_ids, weights)``: int32 and float32, both ``[T, top_k]``, by falling score; equal scores rank by
+        ascending expert. Without a bias experts are chosen by their logits, so scores that round to the same value
+        do not tie.
+
+    Raises:
+        ShapeError: ``logits`` is not a matrix, or ``bias`` does not fit.
+        ArgumentError: an unknown scoring, ``top_k`` out of range, or a bias without ``sigmoid``.
+        UnsupportedError: more experts or a larger ``top_k`` than the kernel takes, or a tensor that requires grad.
+        DtypeError: another element type.
+        DeviceError: an array that is not on a GPU, or two on different ones.
+        MissingExtraError: CuPy, cuda-core or NVRTC is not installed.
+
+    Example:
+        >>> import cupy, tilewise.cuda.moe                                      # doctest: +SKIP
+        >>> ids, weights = tilewise.cuda.moe.route(cupy.asarray([[0.0, 2.0, 2.0]], "f4"), 2)  # doctest: +SKIP
+    """
+    if scoring not in _SCORINGS:
+        raise ArgumentError(f"scoring: expected one of {', '.join(_SCORINGS)}, got {scoring!r}")
+    if bias is not None and scoring != "sigmoid":
+        raise ArgumentError(f"bias: expected a selection bias with scoring 'sigmoid' only, got one with {scoring!r}")
+    x = describe("logits", logits, tuple(TYPES))
+    if len(x.shape) != 2:
+        raise ShapeError(f"logits: expected rank 2 [tokens, experts], got shape {x.shape}")
+    tokens, experts = x.shape
+    if not 1 <= top_k <= experts:
+        raise ArgumentError(f"top_k: expected 1..={experts} (the number of experts), got {top_k}")
+    if experts > MAX_EXPERTS or top_k > MAX_TOP_K:
+        raise UnsupportedError(
+            f"the CUDA router takes at most {MAX_EXPERTS} experts and top_k {MAX_TOP_K}, got {experts} and {top_k}; "
+            "tilewise.moe.route has no such limit"
+        )
+    b = None
+    if bias is not None:
+        b = describe("bias", bias, (*TYPES, "float64"))
+        if b.shape != (experts,):
+            raise ShapeError(f"bias: expected [experts] = [{experts}], got shape {b.shape}")
+        same_place("logits", x, "bias", b)
+        b = b.cast("float32").contiguous()
+    x = x.contiguous(last_axis_only=True)
+    ids, weights = empty(x, (tokens, top_k), "int32"), empty(x, (tokens, top_k), "float32")
+    groups = min(groups for groups in _ROUTE_WARPS if groups * 256 >= experts)
+    warps = _ROUTE_WARPS[groups]
+    code, always = _SCORINGS[scoring]
+    arguments = (
+        *(ids, weights, x, np.int64(x.strides[0]), b, np.int64(tokens), np.int32(experts), np.int32(top_k)),
+        *(np.int32(code), np.int32(renormalise or always), np.float32(scale)),
+    )
+    launch(_route_kernel(x.dtype, groups), (-(-tokens // warps), 1, 1), (32 * warps, 1, 1), arguments, x)
+    return ids.array, weights.array
