@@ -1,7 +1,7 @@
 // The moe room on the device: choose experts, run them, add their outputs up; and the way back.
 //
 //   route.cuh       logits to expert ids and weights
-//   metadata.cuh    ids to rows grouped by expert, and the list of row tiles (a stable counting sort)
+//   sorting.cuh    ids to rows grouped by expert, and the list of row tiles (a stable counting sort)
 //   activation.cuh  the ten activations and their slopes
 //   rows.cuh        products whose rows are an expert's rows: up, down, and their gradients
 //   weights.cuh     products along an expert's rows: gradients of the weights
@@ -12,7 +12,7 @@
 #pragma once
 
 #include "moe/aggregate.cuh"
-#include "moe/metadata.cuh"
+#include "moe/sorting.cuh"
 #include "moe/reduce.cuh"
 #include "moe/route.cuh"
 #include "moe/rows.cuh"

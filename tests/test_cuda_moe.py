@@ -2,102 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-import shutil
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-import tilewise.cuda
-from tilewise.cuda import launch, moe
+from cuda_emulator import DTYPES, EPSILON, Place
+from tilewise.cuda import moe
+from tilewise.cuda.moe import aggregation
 from tilewise.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
 from tilewise.reference import moe as reference
-
-# The tests are no package: a neighbour is loaded by its place.
-_spec = importlib.util.spec_from_file_location("cuda_emulator", Path(__file__).parent / "cuda_emulator" / "__init__.py")
-assert _spec is not None and _spec.loader is not None
-cuda_emulator = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cuda_emulator)
-
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-EPSILON = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # of one rounding to nearest
-
-
-@dataclass
-class Place:
-    """Where kernels run: how arrays get there and back."""
-
-    name: str
-    put: Callable[[np.ndarray], Any]
-    get: Callable[[Any], np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, Path]:
-    """All kernels compiled for the CPU, and a directory for cubins."""
-    if cuda_emulator.compiler() is None:
-        pytest.skip("the emulator needs a C++ compiler")
-    work = tmp_path_factory.mktemp("emulator")
-    shutil.copytree(Path(__file__).parent.parent / "cuda", work / "cuda")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TILEWISE_CUDA_SOURCE_DIR", str(work / "cuda"))
-        return cuda_emulator.build(work / "cuda", work, moe.KERNELS), work / "cache"
-
-
-@pytest.fixture
-def emulated(emulator: tuple[ctypes.CDLL, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    library, cache = emulator
-    monkeypatch.setenv("TILEWISE_CACHE_DIR", str(cache))
-    monkeypatch.setitem(sys.modules, "cupy", cuda_emulator.fake_cupy(library))
-    _forget()
-    yield Place("emulated", lambda array: array.view(cuda_emulator.Array), np.asarray)
-    _forget()
-
-
-def _forget() -> None:
-    launch._function.cache_clear()
-    launch._architecture.cache_clear()
-
-
-def _cupy_place() -> Place:
-    import cupy
-
-    return Place("cupy", cupy.asarray, cupy.asnumpy)
-
-
-def _torch_place() -> Place:
-    import torch
-
-    def put(array: np.ndarray) -> Any:
-        if array.dtype == ml_dtypes.bfloat16:
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).cuda()
-        return torch.from_numpy(array).cuda()
-
-    def get(tensor: Any) -> np.ndarray:
-        if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16)
-        return tensor.cpu().numpy()
-
-    return Place("torch", put, get)
-
-
-@pytest.fixture(
-    params=["emulated", pytest.param("cupy", marks=pytest.mark.gpu), pytest.param("torch", marks=pytest.mark.gpu)]
-)
-def place(request: pytest.FixtureRequest) -> Place:
-    if request.param == "emulated":
-        return request.getfixturevalue("emulated")
-    if (reason := tilewise.cuda.why_not()) is not None:
-        pytest.skip(reason)
-    return _cupy_place() if request.param == "cupy" else _torch_place()
-
 
 # --- route ------------------------------------------------------------------------------------------------------
 
@@ -375,7 +290,9 @@ def test_aggregate_of_rows_longer_than_the_grid(place: Place, monkeypatch: pytes
     y = np.random.default_rng(4).normal(size=(6, 2307)).astype(np.float32)
     rows = np.array([[0, 5], [3, -1]], np.int32)
     whole = check_aggregate(place, y, rows, None)
-    monkeypatch.setattr(moe, "_geometry", lambda *sizes: ((2, 3, 1), (128, 1, 1)))  # 384 threads for 2307 columns
+    monkeypatch.setattr(
+        aggregation, "_geometry", lambda *sizes: ((2, 3, 1), (128, 1, 1))
+    )  # 384 threads for 2307 columns
     np.testing.assert_array_equal(check_aggregate(place, y, rows, None), whole)
 
 
@@ -389,19 +306,12 @@ def test_geometry_covers_every_packet() -> None:
         (0, 8, 8),
         (3, 0, 1),
     ]:
-        grid, block = moe._geometry(tokens, columns, width)
+        grid, block = aggregation._geometry(tokens, columns, width)
         assert grid[0] * block[1] >= tokens and (grid[1] * block[0] * width >= columns or grid[1] == 65535)
         assert block[0] * block[1] * block[2] == 128 and (0 in grid) == (tokens * columns == 0)
 
 
 # --- on a GPU only ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def torch_cuda() -> Any:
-    if (reason := tilewise.cuda.why_not()) is not None:
-        pytest.skip(reason)
-    return pytest.importorskip("torch")
 
 
 @pytest.mark.gpu

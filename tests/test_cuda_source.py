@@ -147,9 +147,11 @@ def test_messages_of_the_compiler_name_the_real_file(tree: Path) -> None:
 
 def test_a_missing_include_names_the_chain(tree: Path) -> None:
     (tree / "common" / "warp.cuh").unlink()
-    with pytest.raises(ArgumentError, match=r"moe.cuh -> common/warp.cuh, and there is no file common/warp.cuh"):
+    with pytest.raises(
+        ArgumentError, match=r"moe.cuh -> .* -> ../common/warp.cuh, and there is no file common/warp.cuh"
+    ):
         _core.cuda_source("moe.cuh", "")
-    with pytest.raises(ArgumentError, match=r"there is no file attention.cuh; the files are all.cu, common/index.cuh"):
+    with pytest.raises(ArgumentError, match=r"there is no file attention.cuh; the files are all.cu, common/block.cuh"):
         _core.cuda_source("attention.cuh", "")
 
 
@@ -157,7 +159,7 @@ def test_a_cycle_names_the_chain(tree: Path) -> None:
     header = tree / "common" / "types.cuh"
     header.write_text('#include "warp.cuh"\n' + header.read_text())
     chain = "common/index.cuh -> common/types.cuh -> common/warp.cuh -> common/types.cuh"
-    with pytest.raises(ArgumentError, match=f"includes itself: moe.cuh -> {chain}"):
+    with pytest.raises(ArgumentError, match=f"includes itself: moe.cuh -> moe/aggregate.cuh -> {chain}"):
         _core.cuda_source("moe.cuh", "")
 
 

@@ -4,14 +4,13 @@ The kernels' own text is compiled as C++ (``emulator.h``) and called through a s
 argument checks, the launch geometry, the arguments' types and order, and what every lane does. What it cannot show:
 instructions of the GPU (the headers that it replaces), memory ordering, and speed.
 
-Fixtures for the test files that run a case wherever it can run: ``place`` is the emulator, CuPy and torch in turn. The
-tests are no package, so a file loads this one by its place::
-
-    cuda_emulator = sys.modules.get("cuda_emulator") or load()
+Fixtures for the test files that run a case wherever it can run: ``place`` is the emulator, CuPy and torch in turn.
+``conftest.py`` loads this package and offers them.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import shutil
@@ -129,20 +128,22 @@ class Place:
 
 @functools.cache
 def _library() -> tuple[ctypes.CDLL, Path]:
-    """All kernels compiled for the CPU, once a process, and a directory for cubins."""
+    """All kernels compiled for the CPU, once a process, and a file that stands for every cubin."""
     work = Path(tempfile.mkdtemp(prefix="tilewise-emulator-"))
     shutil.copytree(HERE.parent.parent / "cuda", work / "cuda")
+    (work / "any.cubin").write_bytes(b"\x7fELF")
+    atexit.register(shutil.rmtree, work, ignore_errors=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TILEWISE_CUDA_SOURCE_DIR", str(work / "cuda"))
-        return build(work / "cuda", work, registered()), work / "cache"
+        return build(work / "cuda", work, registered()), work / "any.cubin"
 
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     if compiler() is None:
         pytest.skip("the emulator needs a C++ compiler")
-    library, cache = _library()
-    monkeypatch.setenv("TILEWISE_CACHE_DIR", str(cache))
+    library, cubin = _library()
+    monkeypatch.setattr(launch, "cubin", lambda kernel, architecture: cubin)  # the gate compiles them all, once
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy(library))
     _forget()
     yield Place("emulated", lambda array: array.view(Array), np.asarray)
@@ -160,7 +161,7 @@ def _cupy_place() -> Place:
     return Place("cupy", cupy.asarray, cupy.asnumpy)
 
 
-def _torch_place() -> Place:
+def torch_place() -> Place:
     import torch
 
     def put(array: np.ndarray) -> Any:
@@ -184,7 +185,7 @@ def place(request: pytest.FixtureRequest) -> Place:
         return request.getfixturevalue("emulated")
     if (reason := tilewise.cuda.why_not()) is not None:
         pytest.skip(reason)
-    return _cupy_place() if request.param == "cupy" else _torch_place()
+    return _cupy_place() if request.param == "cupy" else torch_place()
 
 
 @pytest.fixture

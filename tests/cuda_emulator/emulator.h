@@ -36,7 +36,7 @@ static Extent threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-constexpr unsigned WARP = 32, WORDS = 8, DYNAMIC_SHARED = 160 * 1024;
+constexpr unsigned WARP = 32, WORDS = 8, DYNAMIC_SHARED = 72 * 1024;
 
 struct Copy {
     void* target;

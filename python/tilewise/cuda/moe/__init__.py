@@ -1,7 +1,7 @@
 """The moe room on NVIDIA GPUs: choose experts, run them, add their outputs up; and the way back.
 
 * :mod:`tilewise.cuda.moe.routers`: logits to expert ids and weights;
-* :mod:`tilewise.cuda.moe.metadata`: expert ids to rows grouped by expert;
+* :mod:`tilewise.cuda.moe.sorting`: expert ids to rows grouped by expert;
 * :mod:`tilewise.cuda.moe.products`: the launches of the layer's matrix products and sums;
 * :mod:`tilewise.cuda.moe.layer`: the expert layer and its gradients;
 * :mod:`tilewise.cuda.moe.aggregation`: each token sums the rows of its experts.
@@ -15,12 +15,11 @@ waiting for the GPU, so it can be captured in a CUDA graph. Names, arguments and
 from __future__ import annotations
 
 from tilewise.cuda.kernel import Kernel
-from tilewise.cuda.moe import aggregation, products, routers
-from tilewise.cuda.moe import metadata as _metadata
+from tilewise.cuda.moe import aggregation, products, routers, sorting
 from tilewise.cuda.moe.aggregation import aggregate
 from tilewise.cuda.moe.layer import experts, experts_backward, experts_forward
-from tilewise.cuda.moe.metadata import Metadata, metadata
 from tilewise.cuda.moe.routers import MAX_EXPERTS, MAX_TOP_K, route
+from tilewise.cuda.moe.sorting import Metadata, metadata
 
 __all__ = [
     "KERNELS",
@@ -36,4 +35,4 @@ __all__ = [
 ]
 
 #: Every instantiation of this room.
-KERNELS: tuple[Kernel, ...] = routers.KERNELS + _metadata.KERNELS + products.KERNELS + aggregation.KERNELS
+KERNELS: tuple[Kernel, ...] = routers.KERNELS + sorting.KERNELS + products.KERNELS + aggregation.KERNELS

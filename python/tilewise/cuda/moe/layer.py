@@ -14,8 +14,8 @@ from tilewise.cuda.kernel import TYPES
 from tilewise.cuda.launch import DeviceArray, describe, same_place
 from tilewise.cuda.moe import products
 from tilewise.cuda.moe.aggregation import gather_sum
-from tilewise.cuda.moe.metadata import check_ids, plan
 from tilewise.cuda.moe.products import Problem
+from tilewise.cuda.moe.sorting import check_ids, plan
 from tilewise.errors import ArgumentError, DtypeError, ShapeError
 from tilewise.moe import ACTIVATIONS, Activation, ExpertGradients, Layout
 
@@ -183,8 +183,8 @@ def experts_forward(
     """:func:`experts`, and what :func:`experts_backward` needs beside the inputs.
 
     Returns:
-        ``(out, pre_activation)``, as :func:`tilewise.moe.experts_forward`: the second is ``[pairs, 2n]`` (``[pairs, n]``
-        without a gate) of the type of `x`, rows grouped by expert, all gates then all ups whatever the `layout`, zeros
+        ``(out, pre_activation)``, as :func:`tilewise.moe.experts_forward`: the second is ``[pairs, 2n]`` (or
+        ``[pairs, n]``: no gate) of the type of `x`, rows grouped by expert, all gates then all ups whatever the `layout`, zeros
         in the last rows where ids were skipped. `out` has the bits that :func:`experts` gives.
 
     Raises:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tilewise.cuda.kernel import ITEMSIZES, TYPES, Kernel
 from tilewise.cuda.launch import DeviceArray, empty, launch
-from tilewise.cuda.moe.metadata import TILE, Plan
+from tilewise.cuda.moe.sorting import TILE, Plan
 from tilewise.moe import ACTIVATIONS
 
 __all__ = ["KERNELS", "Problem", "bias_gradient", "down", "down_gradient", "input_gradient", "score_gradient", "up"]
