@@ -35,14 +35,16 @@ print("tilewise", tilewise.__version__, tilewise.__file__, "| torch", torch.__ve
 reason = tilewise.cuda.why_not()
 print(torch.cuda.get_device_name() if reason is None else reason)
 raise SystemExit(reason is not None)'
-part tests "${pytest[@]}" -m gpu tests/test_cuda_moe.py
+part tests "${pytest[@]}" -m gpu tests/test_cuda_moe.py tests/test_cuda_sorting.py tests/test_cuda_experts.py \
+  tests/test_cuda_experts_gpu.py
 part gate "${pytest[@]}" tests/test_cuda_source.py
 if command -v compute-sanitizer >/dev/null; then
   # Without caching allocators every array is an allocation of its own, whose ends memcheck sees.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck synccheck initcheck; do
     part "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-regex kns=tilewise \
-      "${pytest[@]}" -q -m gpu tests/test_cuda_moe.py -k 'torch and not past_two and not captured and not stream'
+      "${pytest[@]}" -q -m gpu tests/test_cuda_moe.py tests/test_cuda_sorting.py tests/test_cuda_experts.py \
+      -k 'torch and not past_two and not captured and not stream and not cupy'
   done
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 else
