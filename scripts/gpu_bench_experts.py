@@ -1,4 +1,4 @@
-"""The expert layer's part of gpu_bench.py: forward, backward and peak memory beside torch and, where it installs, ScatterMoE.
+"""The expert layer's part of gpu_bench.py: forward, backward and peak memory beside torch and ScatterMoE, if it is there.
 
 Peers: `grouped_mm` is torch's grouped product with an eager SwiGLU between, gathers and sums as torch does them, and
 autograd's backward; `scattermoe` its GLU MLP. Candidates take turns, one timing each a round, so that what disturbs the
@@ -152,14 +152,30 @@ def layer_case(
     scores = torch.rand(tokens, slots, device="cuda")
     arguments = (x, ids, scores, gate_up, down, grad)
     made = (tilewise_peer(*arguments), grouped_mm_peer(*arguments), scattermoe_peer(*arguments))
-    peers = [peer for peer in made if peer is not None]
+    peers, failed = [], {}
+    for peer in made:
+        if peer is None:
+            continue
+        try:
+            peer.forward()
+            peer.backward()
+            peers.append(peer)
+        except Exception as error:  # a peer that cannot do the shape is recorded, not hidden and not fatal
+            if peer.name == "tilewise":
+                raise
+            failed[peer.name] = f"{type(error).__name__}: {error}"[:300]
     entry: dict[str, Any] = {
         "operation": "experts",
         "size": name,
         "routing": routing,
-        **{"tokens": tokens, "d": d, "n": n, "experts": experts, "top_k": slots},
+        "tokens": tokens,
+        "d": d,
+        "n": n,
+        "experts": experts,
+        "top_k": slots,
         "sonicmoe_published_h100": {"forward_tflops": sonic[0], "backward_tflops": sonic[1]},
         "peers": {},
+        "failed": failed,
     }
     reference = next((peer for peer in peers if peer.name == "grouped_mm"), None)
     if reference is not None:
