@@ -99,6 +99,10 @@ def _entry(
     return entry
 
 
+def _source(architecture: str) -> str:
+    return _core.cuda_source("all.cu", "".join(kernel.stub for kernel in registered(architecture)))[0]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
@@ -110,7 +114,6 @@ def main() -> int:
     results = [route_case(tokens, experts, top_k) for tokens, experts, top_k, _ in SHAPES]
     results += [aggregate_case(tokens, top_k, width) for tokens, _, top_k, width in SHAPES]
     results += layer_cases()
-    source, _ = _core.cuda_source("all.cu", "".join(kernel.stub for kernel in registered()))
     report = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -120,7 +123,7 @@ def main() -> int:
         "resources": {
             architecture: {
                 name: vars(used)
-                for name, used in resources(compile_text(source, architecture, verbose=True)[1]).items()
+                for name, used in resources(compile_text(_source(architecture), architecture, verbose=True)[1]).items()
             }
             for architecture in ARCHITECTURES
         },

@@ -1,4 +1,4 @@
-"""The expert layer's part of gpu_bench.py: forward, backward and peak memory beside torch and ScatterMoE, if it is there.
+"""The expert layer's part of gpu_bench.py: forward, backward, peak memory, beside torch and ScatterMoE (if installed).
 
 Peers: `grouped_mm` is torch's grouped product with an eager SwiGLU between, gathers and sums as torch does them, and
 autograd's backward; `scattermoe` its GLU MLP. Candidates take turns, one timing each a round, so that what disturbs the

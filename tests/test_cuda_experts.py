@@ -11,6 +11,9 @@ import pytest
 from cuda_emulator import DTYPES, Array, Place
 from cuda_emulator.cases import Case, check, make, run, same_bits
 from tilewise.cuda import moe
+from tilewise.cuda.kernel import Kernel
+from tilewise.cuda.launch import launch
+from tilewise.cuda.moe import products
 from tilewise.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from tilewise.moe import ACTIVATIONS, ExpertGradients
 
@@ -33,6 +36,35 @@ LAYOUTS = ("concatenated", "interleaved")
 def test_layer_equals_the_loop(place: Place, dtype: str, shape: tuple[int, ...]) -> None:
     check(make(dtype, *shape), place)
     check(make(dtype, *shape, layout="interleaved", biases=False, activation="geglu_tanh"), place)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(150, 264, 392, 2, 2), (5, 136, 136, 3, 2), (40, 520, 264, 1, 1)])
+def test_warpgroups_give_what_warps_give(
+    place: Place, dtype: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine of sm_90a (others ignore the wish), on products with more than 128 columns."""
+    launched: list[str] = []
+
+    def spy(kernel: Kernel, *rest: Any) -> None:
+        launched.append(kernel.name)
+        launch(kernel, *rest)
+
+    monkeypatch.setattr(products, "launch", spy)
+    for options in ({}, {"layout": "interleaved", "biases": False, "activation": "gelu"}):
+        case = make(dtype, *shape, **options)
+        expected = run(case, place)
+        monkeypatch.setenv("TILEWISE_CUDA_WARPGROUPS", "1")
+        launched.clear()
+        out, pre, gradients = check(case, place)
+        if place.name == "emulated":
+            assert sum(name.endswith("_warpgroups") for name in launched) >= 5
+            same_bits([pre], expected[1:2])  # here products add up in one order in both
+        assert gradients.x.shape == expected[2].x.shape and out.shape == expected[0].shape
+        monkeypatch.setenv("TILEWISE_CUDA_WARPGROUPS", "0")
+    monkeypatch.setenv("TILEWISE_CUDA_WARPGROUPS", "yes")
+    with pytest.raises(ArgumentError, match=r"TILEWISE_CUDA_WARPGROUPS must be 0 .* or 1, got 'yes'"):
+        run(case, place)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -9,7 +9,7 @@ namespace tilewise {
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 
 __device__ __forceinline__ char* dynamic_shared() {
-    extern __shared__ __align__(128) char tilewise_dynamic_shared[];
+    extern __shared__ __align__(1024) char tilewise_dynamic_shared[];
     return tilewise_dynamic_shared;
 }
 

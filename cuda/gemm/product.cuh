@@ -7,8 +7,8 @@
 //   unload sum
 //
 // Departures:
-//   1. STAGES tiles are in flight: the copies of tile i + STAGES - 1 run while tile i is multiplied. One barrier a tile
-//      says both that tile i has arrived and that all warps have left the place that the next copy will fill.
+//   1. Copies of later tiles run while tile i is multiplied. One barrier a tile says both that tile i has arrived and
+//      that all warps have left the place that the next copy will fill.
 //   2. Eight warps, two down and four across, hold 64 x 32 sums each. f16 and bf16 go through the tensor cores
 //      (ldmatrix, mma.sync); an operand that lies across is transposed by the load. f32 is plain fused multiply-adds:
 //      the tensor cores have no f32, and three products of split numbers would not reach its last bits.
@@ -23,19 +23,18 @@
 #include "../ptx/async.cuh"
 #include "../ptx/matrix.cuh"
 #include "../ptx/shared.cuh"
+#include "../ptx/warpgroup.cuh"
 #include "operand.cuh"
 
 namespace tilewise {
 namespace gemm {
 
-constexpr i32 STAGES = 4;
-constexpr i32 PITCH = TILE + 8;  // of unloaded rows, in f32: eight rows apart is eight banks apart
-constexpr i32 SHARED_BYTES = TILE * PITCH * 4;
-// Blocks that share a multiprocessor, which bounds registers at 128 a thread: as many as the tensor cores' sums leave.
-template <class T, bool ALIGNED> constexpr i32 BLOCKS = sizeof(T) == 2 && ALIGNED ? 2 : 1;
-static_assert(SHARED_BYTES >= STAGES * 2 * OPERAND_BYTES, "the stages and the unloaded sums share their memory");
+// Of unloaded rows, in f32: eight rows apart is eight banks apart.
+template <class Engine> constexpr i32 PITCH = Engine::COLUMNS + 8;
 
-template <class T, class Left, class Right> struct Product {
+// The sums of a tile, spread over a block.
+template <class Engine, class Left, class Right> struct Product {
+    using T = typename Engine::T;
     f32 sum[4][4][4];  // [16 rows][8 columns][of a lane: row l / 4 twice, row l / 4 + 8 twice]
 
     __device__ __forceinline__ void clear() {
@@ -78,24 +77,27 @@ template <class T, class Left, class Right> struct Product {
         }
     }
 
+    __device__ __forceinline__ void finish() {}
+
     __device__ __forceinline__ void unload(f32* stage) const {
         const i32 lane = lane_id();
 #pragma unroll
         for (i32 i = 0; i < 4; ++i) {
 #pragma unroll
             for (i32 j = 0; j < 4; ++j) {
-                f32* place = stage + (first_row() + i * 16 + lane / 4) * PITCH + first_column() + j * 8 + lane % 4 * 2;
+                f32* place = stage + (first_row() + i * 16 + lane / 4) * PITCH<Engine> + first_column() + j * 8 + lane % 4 * 2;
                 place[0] = sum[i][j][0];
                 place[1] = sum[i][j][1];
-                place[8 * PITCH] = sum[i][j][2];
-                place[8 * PITCH + 1] = sum[i][j][3];
+                place[8 * PITCH<Engine>] = sum[i][j][2];
+                place[8 * PITCH<Engine> + 1] = sum[i][j][3];
             }
         }
     }
 };
 
 // f32: thread (y, x) of 16 x 16 holds rows y, y + 16, ... and columns x, x + 16, ...
-template <class Left, class Right> struct Product<f32, Left, Right> {
+template <bool ALIGNED, class Left, class Right> struct Product<Warps<f32, ALIGNED>, Left, Right> {
+    using Engine = Warps<f32, ALIGNED>;
     f32 sum[8][8];
 
     __device__ __forceinline__ void clear() {
@@ -120,7 +122,7 @@ template <class Left, class Right> struct Product<f32, Left, Right> {
     __device__ __forceinline__ void accumulate(shared_t left, shared_t right) {
         const i32 y = static_cast<i32>(threadIdx.x) / 16, x = static_cast<i32>(threadIdx.x) % 16;
 #pragma unroll 1
-        for (i32 quad = 0; quad < DEPTH<f32> / 4; ++quad) {
+        for (i32 quad = 0; quad < Engine::DEPTH / 4; ++quad) {
             f32 a[8][4];
 #pragma unroll
             for (i32 i = 0; i < 8; ++i) four<Left>(left, y + 16 * i, quad, a[i]);
@@ -137,59 +139,62 @@ template <class Left, class Right> struct Product<f32, Left, Right> {
         }
     }
 
+    __device__ __forceinline__ void finish() {}
+
     __device__ __forceinline__ void unload(f32* stage) const {
         const i32 y = static_cast<i32>(threadIdx.x) / 16, x = static_cast<i32>(threadIdx.x) % 16;
 #pragma unroll
         for (i32 i = 0; i < 8; ++i) {
 #pragma unroll
-            for (i32 j = 0; j < 8; ++j) stage[(y + 16 * i) * PITCH + x + 16 * j] = sum[i][j];
+            for (i32 j = 0; j < 8; ++j) stage[(y + 16 * i) * PITCH<Engine> + x + 16 * j] = sum[i][j];
         }
     }
 };
 
 // Left times right over `depth` places, of which `rows` rows matter; returns the unloaded sums, f32 [TILE][PITCH] in
 // shared memory, and all threads may read them.
-template <class T, class Left, class Right>
+template <class Engine, class Left, class Right>
 __device__ __forceinline__ f32* multiply(Left& left, Right& right, i64 depth, i64 rows) {
+    constexpr i32 STAGES = Engine::STAGES, BYTES = Left::BYTES + Right::BYTES;
+    // At a time when tile i is multiplied, AHEAD more are on their way. Warpgroups still read tile i - 1 then.
+    constexpr i32 AHEAD = Engine::WARPGROUPS ? STAGES - 2 : STAGES - 1;
     char* memory = dynamic_shared();
     const shared_t base = shared_address(memory);
-    const i64 steps = (depth + DEPTH<T> - 1) / DEPTH<T>;
+    const i64 steps = (depth + Engine::DEPTH - 1) / Engine::DEPTH;
 
+    i64 start = 0;  // of the next tile to copy
+    i32 free = 0;   // its place
     left.prepare(0);
     right.prepare(0);
-#pragma unroll 1
-    for (i32 step = 0; step < STAGES - 1; ++step) {
-        if (step < steps) {
-            left.issue(base + step * 2 * OPERAND_BYTES, step * static_cast<i64>(DEPTH<T>));
-            right.issue(base + (step * 2 + 1) * OPERAND_BYTES, step * static_cast<i64>(DEPTH<T>));
-            left.prepare((step + 1) * static_cast<i64>(DEPTH<T>));
-            right.prepare((step + 1) * static_cast<i64>(DEPTH<T>));
+    const auto copy = [&] {
+        if (start < depth) {
+            left.issue(base + free * BYTES, start);
+            right.issue(base + free * BYTES + Left::BYTES, start);
+            start += Engine::DEPTH;
+            free = free + 1 == STAGES ? 0 : free + 1;
+            left.prepare(start);
+            right.prepare(start);
         }
         async_commit();
-    }
+    };
+#pragma unroll 1
+    for (i32 i = 0; i < AHEAD; ++i) copy();
 
-    Product<T, Left, Right> product;
+    Product<Engine, Left, Right> product;
     product.clear();
-    i32 stage = 0, free = STAGES - 1;
-    i64 ahead = (STAGES - 1) * static_cast<i64>(DEPTH<T>);
+    i32 stage = 0;
 #pragma unroll 1
     for (i64 step = 0; step < steps; ++step) {
-        async_wait<STAGES - 2>();
+        async_wait<AHEAD - 1>();
+        if (Engine::WARPGROUPS) publish_copies();
         block_barrier();
-        if (ahead < depth) {
-            left.issue(base + free * 2 * OPERAND_BYTES, ahead);
-            right.issue(base + (free * 2 + 1) * OPERAND_BYTES, ahead);
-            ahead += DEPTH<T>;
-            left.prepare(ahead);
-            right.prepare(ahead);
-        }
-        async_commit();
-        if (Product<T, Left, Right>::first_row() < rows) {
-            product.accumulate(base + stage * 2 * OPERAND_BYTES, base + (stage * 2 + 1) * OPERAND_BYTES);
-        }
+        const shared_t here = base + stage * BYTES;
+        if (!Engine::WARPGROUPS) copy();
+        if (Engine::WARPGROUPS || Product<Engine, Left, Right>::first_row() < rows) product.accumulate(here, here + Left::BYTES);
+        if (Engine::WARPGROUPS) copy();
         stage = stage + 1 == STAGES ? 0 : stage + 1;
-        free = free + 1 == STAGES ? 0 : free + 1;
     }
+    product.finish();
     async_wait<0>();
     block_barrier();
     f32* unloaded = reinterpret_cast<f32*>(memory);

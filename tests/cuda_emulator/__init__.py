@@ -99,6 +99,7 @@ def fake_cupy(library: ctypes.CDLL) -> types.ModuleType:
                 assert [value.itemsize for value in held] == list(sizes)[: len(held)] and sizes[len(held)] == 0
                 pointers = (ctypes.c_void_p * len(held))(*(value.ctypes.data for value in held))
                 extents = [(ctypes.c_uint * 3)(*extent) for extent in (grid, block)]
+                library.emulator_shared(ctypes.c_long(shared_mem))
                 getattr(library, f"emulate_{name}")(pointers, *extents)
                 library.emulator_fault.restype = ctypes.c_char_p
                 assert library.emulator_fault() == b""

@@ -16,6 +16,7 @@
 #include <csetjmp>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <string>
 #include <tuple>
 #include <ucontext.h>
@@ -36,11 +37,19 @@ static Extent threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-constexpr unsigned WARP = 32, WORDS = 8, DYNAMIC_SHARED = 72 * 1024;
+constexpr unsigned WARP = 32, WORDS = 8, DYNAMIC_SHARED = 200 * 1024;
 
 struct Copy {
     void* target;
     const void* source;  // null: zeros
+};
+
+// A product that this thread's warpgroup has begun.
+struct Product {
+    std::function<std::vector<double>()> compute;  // what it adds to this thread's sums, from shared memory as it is
+    std::vector<double> seen;                      // the same at the time of issue
+    float* sum;
+    bool add;
 };
 
 struct Thread {
@@ -51,6 +60,9 @@ struct Thread {
     bool started = false, done = false, at_barrier = false;
     std::vector<Copy> copies;            // of 16 bytes, not yet made
     std::vector<std::size_t> committed;  // how many of them each group ends at
+    std::vector<Product> products;       // not yet waited for
+    std::vector<std::size_t> product_groups;
+    bool published = true;               // whether arrived copies have been shown to the tensor cores
 };
 
 static std::vector<Thread> threads;
@@ -61,6 +73,7 @@ static std::string fault;
 static void (*body)(void*);
 static void* body_context;
 alignas(1024) static char dynamic_shared[DYNAMIC_SHARED];
+static std::size_t dynamic_shared_used;
 
 inline void enter() {
     body(body_context);
@@ -112,7 +125,7 @@ inline void run_block() {
     const unsigned count = blockDim.x * blockDim.y * blockDim.z;
     threads.resize(count);
     mailbox.assign((count + WARP - 1) / WARP * 2 * WORDS * WARP, 0);
-    std::memset(dynamic_shared, 0xff, sizeof dynamic_shared);
+    std::memset(dynamic_shared, 0xff, dynamic_shared_used);
     for (unsigned i = 0; i < count; ++i) {
         Thread& thread = threads[i];
         thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
@@ -120,6 +133,9 @@ inline void run_block() {
         thread.started = thread.done = thread.at_barrier = false;
         thread.copies.clear();
         thread.committed.clear();
+        thread.products.clear();
+        thread.product_groups.clear();
+        thread.published = true;
     }
     for (bool running = true; running;) {
         running = false;
@@ -170,6 +186,8 @@ extern "C" const char* emulator_fault() {
     last = std::exchange(emulator::fault, "");
     return last.c_str();
 }
+
+extern "C" void emulator_shared(long bytes) { emulator::dynamic_shared_used = static_cast<std::size_t>(bytes); }
 
 // What ctypes calls: NAME with pointers to its arguments, and the sizes of its parameters ended by 0.
 #define EMULATED(NAME)                                                                                                \

@@ -26,6 +26,7 @@ class Kernel:
         entry: the file under ``cuda/`` that holds the template.
         stub: the text that instantiates it, appended to the entry.
         shared: bytes of shared memory that a block gets at launch, beside what the text declares.
+        only: the one architecture that has its instructions; ``None``: all.
 
     Example:
         >>> Kernel("tilewise_moe_route_f32_1", "moe.cuh", "INSTANTIATE_MOE_ROUTE(...)").entry
@@ -36,14 +37,16 @@ class Kernel:
     entry: str
     stub: str
     shared: int = 0
+    only: str | None = None
 
 
-def registered() -> tuple[Kernel, ...]:
-    """Every kernel that tilewise can launch, in the order of :data:`ROOMS`.
+def registered(architecture: str | None = None) -> tuple[Kernel, ...]:
+    """Every kernel that tilewise can launch (on `architecture`), in the order of :data:`ROOMS`.
 
     Example:
         >>> all(kernel.name.startswith("tilewise_") for kernel in registered())
         True
     """
     rooms = (importlib.import_module(f"tilewise.cuda.{room}") for room in ROOMS)
-    return tuple(kernel for room in rooms for kernel in room.KERNELS)
+    kernels = (kernel for room in rooms for kernel in room.KERNELS)
+    return tuple(kernel for kernel in kernels if architecture is None or kernel.only in (None, architecture))

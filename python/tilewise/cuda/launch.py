@@ -18,7 +18,7 @@ from tilewise.cuda.compile import architecture_for, check_compiler, cubin
 from tilewise.cuda.kernel import Kernel
 from tilewise.errors import ArgumentError, DeviceError, DtypeError, MissingExtraError, UnsupportedError
 
-__all__ = ["DeviceArray", "describe", "empty", "launch", "why_not"]
+__all__ = ["DeviceArray", "architecture", "describe", "empty", "launch", "why_not"]
 
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
 _SHARED_BY_DEFAULT = 48 * 1024  # bytes a block may have without asking
@@ -168,6 +168,11 @@ def empty(like: DeviceArray, shape: tuple[int, ...], dtype: str) -> DeviceArray:
 def _architecture(device: int) -> str:
     capability = _cupy().cuda.Device(device).compute_capability  # "90", "120"
     return architecture_for(int(capability[:-1]), int(capability[-1]))
+
+
+def architecture(like: DeviceArray) -> str:
+    """What kernels for the GPU of `like` are compiled for, e.g. ``sm_90a``."""
+    return _architecture(like.device)
 
 
 @functools.cache

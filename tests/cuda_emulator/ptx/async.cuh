@@ -21,6 +21,7 @@ template <i32 PENDING> inline void async_wait() {
     emulator::Thread& thread = emulator::threads[emulator::current];
     if (thread.committed.size() <= PENDING) return;
     const std::size_t arrived = thread.committed.size() - PENDING, count = thread.committed[arrived - 1];
+    if (count > 0) thread.published = false;
     for (std::size_t i = 0; i < count; ++i) {
         const emulator::Copy& copy = thread.copies[i];
         if (copy.source == nullptr) std::memset(copy.target, 0, 16);

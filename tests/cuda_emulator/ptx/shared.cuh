@@ -1,4 +1,5 @@
-// Stands in for cuda/ptx/shared.cuh: an address is a pointer, and must lie in the block's dynamic shared memory.
+// Stands in for cuda/ptx/shared.cuh: an address is a pointer, and must lie in the dynamic shared memory that
+// the launch asked for.
 #pragma once
 
 #include "../common/types.cuh"
@@ -12,7 +13,7 @@ inline shared_t shared_address(const void* pointer) { return reinterpret_cast<sh
 template <class T> inline T* shared_pointer(shared_t address, std::size_t bytes) {
     const shared_t first = shared_address(emulator::dynamic_shared);
     if (address % bytes != 0) emulator::fault = "an access to shared memory is not aligned";
-    if (address < first || address + bytes > first + emulator::DYNAMIC_SHARED) {
+    if (address < first || address + bytes > first + emulator::dynamic_shared_used) {
         emulator::fault = "an access outside shared memory";
         return reinterpret_cast<T*>(emulator::dynamic_shared);
     }

@@ -91,7 +91,8 @@ def _problem(
         _rows(source),
         _rows(first),
         _rows(second),
-        *biases,
+        biases[0],
+        biases[1],
         scores.cast("float32").contiguous(),
         plan(ids, of_pair, tokens, experts),
         activation,
@@ -183,9 +184,9 @@ def experts_forward(
     """:func:`experts`, and what :func:`experts_backward` needs beside the inputs.
 
     Returns:
-        ``(out, pre_activation)``, as :func:`tilewise.moe.experts_forward`: the second is ``[pairs, 2n]`` (or
-        ``[pairs, n]``: no gate) of the type of `x`, rows grouped by expert, all gates then all ups whatever the `layout`, zeros
-        in the last rows where ids were skipped. `out` has the bits that :func:`experts` gives.
+        ``(out, pre_activation)``, as :func:`tilewise.moe.experts_forward`: the second is ``[pairs, 2n]`` (without a
+        gate ``[pairs, n]``) of the type of `x`, rows grouped by expert, all gates then all ups whatever the `layout`,
+        zeros in the last rows where ids were skipped. `out` has the bits that :func:`experts` gives.
 
     Raises:
         as :func:`experts`.

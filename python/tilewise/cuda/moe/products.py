@@ -1,55 +1,75 @@
 """The launches of the expert layer's matrix products and of the sums beside them.
 
 Each function takes checked arrays, allocates its outputs and launches one kernel. What the kernels compute stands in
-``cuda/moe/rows.cuh``, ``weights.cuh`` and ``reduce.cuh``. An instantiation depends on the element type and on whether
-every row starts and ends at a multiple of 16 bytes; activation, layout and biases are arguments, so no other choice
-can be stale in a cache.
+``cuda/moe/rows.cuh``, ``weights.cuh`` and ``reduce.cuh``. An instantiation depends on the element type and on who
+multiplies (:class:`Engine`); activation, layout and biases are arguments, so no other choice can be stale in a cache.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tilewise.cuda.kernel import ITEMSIZES, TYPES, Kernel
-from tilewise.cuda.launch import DeviceArray, empty, launch
+from tilewise.cuda.launch import DeviceArray, architecture, empty, launch
 from tilewise.cuda.moe.sorting import TILE, Plan
+from tilewise.errors import ArgumentError
 from tilewise.moe import ACTIVATIONS
 
 __all__ = ["KERNELS", "Problem", "bias_gradient", "down", "down_gradient", "input_gradient", "score_gradient", "up"]
 
 _THREADS = 256
-_SHARED = TILE * (TILE + 8) * 4  # gemm::SHARED_BYTES
 _SCORE_WARPS, _BIAS_WARPS = 4, 8
 _INDEX = {"int32": "int", "int64": "long long"}
 
 
-def _product(operation: str, dtype: str, aligned: bool, *parameters: str, label: str | None = None) -> Kernel:
-    name = f"tilewise_moe_{label or operation}_{TYPES[dtype]}" + ("" if aligned else "_unaligned")
-    arguments = ", ".join((name, f"tilewise::{TYPES[dtype]}", str(aligned).lower(), *parameters))
-    return Kernel(name, "moe.cuh", f"INSTANTIATE_MOE_{operation.upper()}({arguments})\n", _SHARED)
+@dataclass(frozen=True)
+class Engine:
+    """Who multiplies a tile (``cuda/gemm/operand.cuh``), how many columns it has, and the shared memory that takes."""
+
+    name: str
+    suffix: str
+    columns: int
+    shared: int
+    only: str | None = None
 
 
-def _up(dtype: str, aligned: bool) -> Kernel:
-    return _product("up", dtype, aligned)
+_PITCH = 8  # columns of unused room behind each row of unloaded sums
+_ALIGNED = Engine("Aligned", "", 128, TILE * (128 + _PITCH) * 4)
+_UNALIGNED = Engine("Unaligned", "_unaligned", 128, TILE * (128 + _PITCH) * 4)
+_WARPGROUPS = Engine("Warpgroups", "_warpgroups", 256, 4 * (TILE + 256) * 128, "sm_90a")
+_ENGINES = (_ALIGNED, _UNALIGNED, _WARPGROUPS)
 
 
-def _down(dtype: str, aligned: bool) -> Kernel:
-    return _product("linear", dtype, aligned, "false", label="down")
+def _product(operation: str, dtype: str, engine: Engine, *parameters: str, label: str | None = None) -> Kernel:
+    name = f"tilewise_moe_{label or operation}_{TYPES[dtype]}{engine.suffix}"
+    element = f"tilewise::{TYPES[dtype]}"
+    arguments = ", ".join((name, element, f"{engine.name}<{element}>", *parameters))
+    stub = f"INSTANTIATE_MOE_{operation.upper()}({arguments})\n"
+    return Kernel(name, "moe.cuh", stub, engine.shared, engine.only)
 
 
-def _down_gradient(dtype: str, aligned: bool) -> Kernel:
-    return _product("down_gradient", dtype, aligned)
+def _up(dtype: str, engine: Engine) -> Kernel:
+    return _product("up", dtype, engine)
 
 
-def _input_gradient(dtype: str, aligned: bool) -> Kernel:
-    return _product("linear", dtype, aligned, "true", label="input_gradient")
+def _down(dtype: str, engine: Engine) -> Kernel:
+    return _product("linear", dtype, engine, "false", label="down")
 
 
-def _weight_gradient(dtype: str, aligned: bool) -> Kernel:
-    return _product("weight_gradient", dtype, aligned)
+def _down_gradient(dtype: str, engine: Engine) -> Kernel:
+    return _product("down_gradient", dtype, engine)
+
+
+def _input_gradient(dtype: str, engine: Engine) -> Kernel:
+    return _product("linear", dtype, engine, "true", label="input_gradient")
+
+
+def _weight_gradient(dtype: str, engine: Engine) -> Kernel:
+    return _product("weight_gradient", dtype, engine)
 
 
 def _score_gradient(dtype: str, index: str) -> Kernel:
@@ -67,10 +87,11 @@ def _bias_gradient(dtype: str) -> Kernel:
 #: Every instantiation of the layer's products and sums.
 KERNELS: tuple[Kernel, ...] = (
     *(
-        make(dtype, aligned)
+        make(dtype, engine)
         for make in (_up, _down, _down_gradient, _input_gradient, _weight_gradient)
         for dtype in TYPES
-        for aligned in (True, False)
+        for engine in _ENGINES
+        if not (engine is _WARPGROUPS and dtype == "float32")
     ),
     *(_score_gradient(dtype, index) for dtype in TYPES for index in _INDEX),
     *(_bias_gradient(dtype) for dtype in TYPES),
@@ -135,18 +156,31 @@ def _stride(array: DeviceArray, axis: int) -> np.int64:
     return np.int64(array.strides[axis] if array.shape[axis] > 1 else 0)
 
 
-def _aligned(problem: Problem, *arrays: DeviceArray) -> bool:
-    """Whether all rows of all arrays start and end at multiples of 16 bytes."""
+def _engine(problem: Problem, columns: int, *arrays: DeviceArray) -> Engine:
+    """The engine for a product of that many columns. Rows that do not all start and end at multiples of 16 bytes have
+    one of their own; warpgroups are asked for by ``TILEWISE_CUDA_WARPGROUPS=1`` and want more than half of their columns.
+    """
     size = ITEMSIZES[problem.x.dtype]
     together = problem.d * size | problem.n * size
     for array in arrays:
         together |= array.pointer
         for axis in range(len(array.shape) - 1):
             together |= int(_stride(array, axis)) * size
-    return together % 16 == 0
+    if together % 16 != 0:
+        return _UNALIGNED
+    if size == 2 and columns > _ALIGNED.columns and _warpgroups_wanted():
+        return _WARPGROUPS if architecture(problem.x) == _WARPGROUPS.only else _ALIGNED
+    return _ALIGNED
 
 
-def _over(problem: Problem, columns: int, width: int = TILE) -> tuple[int, int, int]:
+def _warpgroups_wanted() -> bool:
+    value = os.environ.get("TILEWISE_CUDA_WARPGROUPS", "0")
+    if value not in ("0", "1"):
+        raise ArgumentError(f"TILEWISE_CUDA_WARPGROUPS must be 0 (mma.sync everywhere) or 1, got {value!r}")
+    return value == "1"
+
+
+def _over(problem: Problem, columns: int, width: int) -> tuple[int, int, int]:
     return problem.plan.slots * -(-columns // width), 1, 1
 
 
@@ -164,9 +198,9 @@ def up(problem: Problem, *, keep: bool) -> tuple[DeviceArray | None, DeviceArray
         *(np.int64(problem.n), np.int32(problem.experts), problem.code, problem.order[1]),
         *(np.float32(problem.alpha), np.float32(problem.limit)),
     )
-    aligned = _aligned(problem, x, weight, a, *(() if h is None else (h,)))
-    width = TILE // 2 if ACTIVATIONS[problem.activation] else TILE
-    launch(_up(x.dtype, aligned), _over(problem, problem.n, width), _BLOCK, arguments, x)
+    engine = _engine(problem, problem.wide, x, weight, a, *(() if h is None else (h,)))
+    width = engine.columns // 2 if ACTIVATIONS[problem.activation] else engine.columns
+    launch(_up(x.dtype, engine), _over(problem, problem.n, width), _BLOCK, arguments, x)
     return h, a
 
 
@@ -178,8 +212,8 @@ def down(problem: Problem, a: DeviceArray) -> DeviceArray:
         *(y, a, plan.offsets, plan.schedule, weight, _stride(weight, 0), _stride(weight, 1), problem.down_bias),
         *(np.int64(problem.n), np.int64(problem.d), np.int32(problem.experts), np.int64(0), np.int32(0)),
     )
-    kernel = _down(x.dtype, _aligned(problem, a, weight, y))
-    launch(kernel, _over(problem, problem.d), _BLOCK, arguments, x)
+    engine = _engine(problem, problem.d, a, weight, y)
+    launch(_down(x.dtype, engine), _over(problem, problem.d, engine.columns), _BLOCK, arguments, x)
     return y
 
 
@@ -190,16 +224,16 @@ def down_gradient(
     x, plan, weight = problem.x, problem.plan, problem.down
     dh = empty(x, (plan.pairs, problem.wide), x.dtype) if inner else None
     a = empty(x, (plan.pairs, problem.n), x.dtype) if scaled else None
-    partial = empty(x, (plan.pairs, -(-problem.n // TILE)), "float32") if scores else None
+    touched = [array for array in (grad, h, weight, dh, a) if array is not None]
+    engine = _engine(problem, problem.n, *touched)
+    partial = empty(x, (plan.pairs, -(-problem.n // engine.columns)), "float32") if scores else None
     arguments = (
         *(dh, a, partial, grad, _stride(grad, 0), h, plan.row_token, plan.row_pair, problem.scores),
         *(plan.offsets, plan.schedule, weight, _stride(weight, 0), _stride(weight, 1), np.int64(problem.d)),
         *(np.int64(problem.n), np.int32(problem.experts), problem.code),
         *(np.float32(problem.alpha), np.float32(problem.limit)),
     )
-    touched = [array for array in (grad, h, weight, dh, a) if array is not None]
-    kernel = _down_gradient(x.dtype, _aligned(problem, *touched))
-    launch(kernel, _over(problem, problem.n), _BLOCK, arguments, x)
+    launch(_down_gradient(x.dtype, engine), _over(problem, problem.n, engine.columns), _BLOCK, arguments, x)
     return dh, a, partial
 
 
@@ -211,8 +245,8 @@ def input_gradient(problem: Problem, dh: DeviceArray) -> DeviceArray:
         *(dx, dh, plan.offsets, plan.schedule, weight, _stride(weight, 0), _stride(weight, 1), None),
         *(np.int64(problem.wide), np.int64(problem.d), np.int32(problem.experts), *problem.order),
     )
-    kernel = _input_gradient(x.dtype, _aligned(problem, dh, weight, dx))
-    launch(kernel, _over(problem, problem.d), _BLOCK, arguments, x)
+    engine = _engine(problem, problem.d, dh, weight, dx)
+    launch(_input_gradient(x.dtype, engine), _over(problem, problem.d, engine.columns), _BLOCK, arguments, x)
     return dx
 
 
@@ -226,8 +260,9 @@ def _outer(
         *(out, left, _stride(left, 0), left_map, right, _stride(right, 0), right_map, problem.plan.offsets),
         *(np.int64(rows), np.int64(columns), *order),
     )
-    kernel = _weight_gradient(problem.x.dtype, _aligned(problem, left, right, out))
-    launch(kernel, (problem.experts * -(-rows // TILE) * -(-columns // TILE), 1, 1), _BLOCK, arguments, problem.x)
+    engine = _engine(problem, columns, left, right, out)
+    tiles = -(-rows // TILE) * -(-columns // engine.columns)
+    launch(_weight_gradient(problem.x.dtype, engine), (problem.experts * tiles, 1, 1), _BLOCK, arguments, problem.x)
     return out
 
 
