@@ -170,6 +170,68 @@ def test_route_refuses(place: Place) -> None:
         moe.route(place.put(np.zeros((1, 100), np.float32)), 65)
 
 
+# --- the router's gradient --------------------------------------------------------------------------------------
+
+
+def route_truth(logits: np.ndarray, ids: np.ndarray, grad: np.ndarray, options: dict[str, Any]) -> np.ndarray:
+    """Differentiated by torch, from the formula of the weights."""
+    torch = pytest.importorskip("torch")
+    z = torch.from_numpy(logits.astype(np.float64)).requires_grad_()
+    index = torch.from_numpy(ids.astype(np.int64))
+    scoring = options["scoring"]
+    if scoring == "softmax_topk":
+        weights = torch.softmax(z.gather(1, index), -1)
+    else:
+        weights = (torch.sigmoid(z) if scoring == "sigmoid" else torch.softmax(z, -1)).gather(1, index)
+    if options.get("renormalise") or scoring == "softmax_renormalised":
+        weights = weights / weights.sum(-1, keepdim=True)
+    (weights * options.get("scale", 1.0)).backward(torch.from_numpy(grad.astype(np.float64)))
+    return z.grad.numpy()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scoring", reference.SCORINGS)
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (5, 5), (33, 7), (600, 40)])
+def test_route_gradient(place: Place, dtype: str, scoring: str, experts: int, top_k: int) -> None:
+    generator = np.random.default_rng(experts)
+    logits = generator.normal(scale=2.0, size=(6, experts)).astype(DTYPES[dtype])
+    grad = generator.normal(size=(6, top_k)).astype(np.float32)
+    for options in ({"scoring": scoring}, {"scoring": scoring, "renormalise": True, "scale": 2.5}):
+        ids, _ = moe.route(place.put(logits), top_k, **options)
+        got = place.get(moe.route_backward(place.put(grad), place.put(logits), ids, **options))
+        assert got.dtype == logits.dtype
+        want = route_truth(logits, place.get(ids), grad, options)
+        # Roundings of the parts of S (g - mean), which may cancel, and one of the result.
+        slack = 2.0**-18 * np.abs(grad).max() * options.get("scale", 1.0) + EPSILON[dtype] * np.abs(want)
+        np.testing.assert_array_less(np.abs(got.astype(np.float64) - want), slack)
+        if scoring != "softmax" or "renormalise" in options:
+            untouched = np.ones(want.shape, bool)
+            np.put_along_axis(untouched, place.get(ids).astype(np.int64), False, axis=1)
+            assert not got[untouched].any()
+
+
+def test_route_gradient_where_everything_underflows(place: Place) -> None:
+    logits = np.array([[-200.0, -201.0, -300.0], [-np.inf, -np.inf, -np.inf]], np.float32)
+    ids, grad = place.put(np.array([[0, 1], [0, 5]], np.int32)), place.put(np.array([[1, 0], [1, 1]], np.float32))
+    got = place.get(moe.route_backward(grad, place.put(logits), ids, scoring="sigmoid", renormalise=True))
+    share = 1 / (1 + np.exp(-1))
+    np.testing.assert_allclose(got[0], [share * (1 - share), -share * (1 - share), 0], rtol=1e-5)
+    np.testing.assert_array_equal(got[1], 0)
+
+
+def test_route_gradient_refuses(place: Place) -> None:
+    logits, ids = place.put(np.zeros((4, 8), np.float32)), place.put(np.zeros((4, 2), np.int32))
+    grad = place.put(np.zeros((4, 2), np.float32))
+    with pytest.raises(ArgumentError, match="scoring: expected one of"):
+        moe.route_backward(grad, logits, ids, scoring="max")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ShapeError, match=r"grad: expected \[4, 2\], as expert_ids, got shape \(3, 2\)"):
+        moe.route_backward(grad[:3], logits, ids)
+    with pytest.raises(ShapeError, match=r"got shapes \(4, 8\) and \(3, 2\)"):
+        moe.route_backward(grad, logits, ids[:3])
+    with pytest.raises(DtypeError, match="expert_ids: expected dtype int32"):
+        moe.route_backward(grad, logits, place.put(np.zeros((4, 2), np.int64)))
+
+
 def test_arrays_on_the_cpu_are_refused_by_name() -> None:
     torch = pytest.importorskip("torch")
     with pytest.raises(DeviceError, match=r"logits: expected a CuPy array or a torch CUDA tensor, got numpy.ndarray"):

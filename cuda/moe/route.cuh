@@ -37,6 +37,46 @@ __device__ __forceinline__ Best best_of_group(const u32 (*key)[WARP], i32 group,
     return best;
 }
 
+// Of a row: its largest logit, and the sum of exponentials against it.
+struct RowSum {
+    f32 top, sum;
+};
+
+template <class T> __device__ __forceinline__ RowSum sum_of_row(const T* row, i32 experts) {
+    RowSum all{-infinity(), 0.0f};
+    for (i32 expert = lane_id(); expert < experts; expert += WARP) all.top = fmaxf(all.top, to_f32(row[expert]));
+    all.top = warp_max(all.top);
+    for (i32 expert = lane_id(); expert < experts; expert += WARP) all.sum += exponential(to_f32(row[expert]), all.top);
+    all.sum = warp_sum(all.sum);
+    return all;
+}
+
+// Weights of the taken experts before `scale`. A lane has two, the lane-th and the (lane + 32)-th, if they exist.
+struct Weights {
+    f32 first, second;
+};
+
+__device__ __forceinline__ Weights weigh(f32 logit0, f32 logit1, bool first, bool second, i32 scoring, bool renormalise,
+                                         RowSum all) {
+    const f32 top = warp_max(fmaxf(logit0, logit1));
+    f32 weight0, weight1, sum;
+    if (scoring == SIGMOID) {
+        const f32 shift = renormalise && top > -infinity() ? fminf(top, 0.0f) : 0.0f;
+        weight0 = sigmoid(logit0, shift);
+        weight1 = sigmoid(logit1, shift);
+    } else {
+        weight0 = exponential(logit0, scoring == SOFTMAX && !renormalise ? all.top : top);
+        weight1 = exponential(logit1, scoring == SOFTMAX && !renormalise ? all.top : top);
+    }
+    if (scoring == SOFTMAX_TOPK || renormalise) {
+        sum = warp_sum((first ? weight0 : 0.0f) + (second ? weight1 : 0.0f));
+    } else {
+        sum = scoring == SOFTMAX ? all.sum : 1.0f;
+    }
+    if (sum == 0.0f) return {0.0f, 0.0f};  // every chosen sigmoid is 0: nothing to renormalise
+    return {weight0 / sum, weight1 / sum};
+}
+
 // Chooses `top_k` experts for each row of logits [tokens, experts] and weighs them. top_k <= 64 (two results a lane),
 // experts <= GROUPS * 256; a block is WARPS * 32 threads and does WARPS rows.
 //
@@ -74,13 +114,8 @@ __device__ __forceinline__ void route(i32* __restrict__ ids, f32* __restrict__ w
     const T* row = row_of(logits, token, stride);
     u32(*key)[WARP] = keys[warp];  // key[slot][lane]
 
-    f32 row_top = -infinity(), row_sum = 0.0f;
-    if (scoring == SOFTMAX && !renormalise) {
-        for (i32 expert = lane; expert < experts; expert += WARP) row_top = fmaxf(row_top, to_f32(row[expert]));
-        row_top = warp_max(row_top);
-        for (i32 expert = lane; expert < experts; expert += WARP) row_sum += exponential(to_f32(row[expert]), row_top);
-        row_sum = warp_sum(row_sum);
-    }
+    RowSum all{-infinity(), 0.0f};
+    if (scoring == SOFTMAX && !renormalise) all = sum_of_row(row, experts);
 
 #pragma unroll 8
     for (i32 slot = 0; slot < GROUPS * GROUP; ++slot) {
@@ -122,31 +157,66 @@ __device__ __forceinline__ void route(i32* __restrict__ ids, f32* __restrict__ w
     const bool first = lane < top_k, second = lane + WARP < top_k;
     const f32 logit0 = first ? to_f32(row[taken0]) : -infinity();
     const f32 logit1 = second ? to_f32(row[taken1]) : -infinity();
-    const f32 top = warp_max(fmaxf(logit0, logit1));
-    f32 weight0, weight1, sum;
-    if (scoring == SIGMOID) {
-        const f32 shift = renormalise && top > -infinity() ? fminf(top, 0.0f) : 0.0f;
-        weight0 = sigmoid(logit0, shift);
-        weight1 = sigmoid(logit1, shift);
-    } else {
-        weight0 = exponential(logit0, scoring == SOFTMAX && !renormalise ? row_top : top);
-        weight1 = exponential(logit1, scoring == SOFTMAX && !renormalise ? row_top : top);
-    }
-    if (scoring == SOFTMAX_TOPK || renormalise) {
-        sum = warp_sum((first ? weight0 : 0.0f) + (second ? weight1 : 0.0f));
-    } else {
-        sum = scoring == SOFTMAX ? row_sum : 1.0f;
-    }
-    weight0 = sum == 0.0f ? 0.0f : weight0 / sum * scale;  // every chosen sigmoid is 0: nothing to renormalise
-    weight1 = sum == 0.0f ? 0.0f : weight1 / sum * scale;
+    const Weights weight = weigh(logit0, logit1, first, second, scoring, renormalise, all);
     const i64 start = token * top_k;
     if (first) {
         ids[start + lane] = static_cast<i32>(taken0);
-        weights[start + lane] = weight0;
+        weights[start + lane] = weight.first * scale;
     }
     if (second) {
         ids[start + lane + WARP] = static_cast<i32>(taken1);
-        weights[start + lane + WARP] = weight1;
+        weights[start + lane + WARP] = weight.second * scale;
+    }
+}
+
+// Gradient of the logits: the choice is a constant, the weights' gradients flow through their formula. A warp a row.
+//
+//   for each row, with g = scale * gradient of the weights, S the weights before scale, mean = sum of S_k g_k:
+//       softmax over the taken, or renormalised    S_k (g_k - mean) at the taken, 0 elsewhere
+//       softmax over all                           p_e (g_e - mean) everywhere, g = 0 where not taken
+//       sigmoid                                    g_k s_k (1 - s_k) at the taken, 0 elsewhere
+//       sigmoid, renormalised                      S_k (1 - s_k) (g_k - mean) at the taken, 0 elsewhere
+//
+// An id outside the row is passed over.
+template <class T, i32 WARPS>
+__device__ __forceinline__ void route_gradient(T* out, const T* __restrict__ logits, i64 stride,
+                                               const i32* __restrict__ ids, const f32* __restrict__ grad, i64 tokens,
+                                               i32 experts, i32 top_k, i32 scoring, i32 renormalise, f32 scale) {
+    const i32 lane = lane_id();
+    const i64 token = static_cast<i64>(blockIdx.x) * WARPS + static_cast<i32>(threadIdx.x) / WARP;
+    if (token >= tokens) return;  // the same for all lanes of a warp
+    const T* row = row_of(logits, token, stride);
+    const i64 start = token * top_k;
+    i32 expert[2];
+    bool taken[2];
+    f32 logit[2], g[2];
+#pragma unroll
+    for (i32 i = 0; i < 2; ++i) {
+        const i32 k = lane + i * WARP;
+        expert[i] = k < top_k ? ids[start + k] : -1;
+        taken[i] = expert[i] >= 0 && expert[i] < experts;
+        logit[i] = taken[i] ? to_f32(row[expert[i]]) : -infinity();
+        g[i] = taken[i] ? grad[start + k] * scale : 0.0f;
+    }
+    const bool dense = scoring == SOFTMAX && !renormalise;
+    RowSum all{-infinity(), 0.0f};
+    if (dense) all = sum_of_row(row, experts);
+    const Weights weight = weigh(logit[0], logit[1], taken[0], taken[1], scoring, renormalise, all);
+    const f32 score[2] = {taken[0] ? weight.first : 0.0f, taken[1] ? weight.second : 0.0f};
+    const f32 mean = warp_sum(score[0] * g[0] + score[1] * g[1]);
+
+    T* target = row_of(out, token, experts);
+    for (i32 other = lane; other < experts; other += WARP) {
+        const f32 p = dense ? exponential(to_f32(row[other]), all.top) / all.sum : 0.0f;
+        target[other] = from_f32<T>(-p * mean);
+    }
+    warp_barrier();  // the values of the taken come last
+#pragma unroll
+    for (i32 i = 0; i < 2; ++i) {
+        if (!taken[i]) continue;
+        const f32 centred = scoring == SIGMOID && !renormalise ? g[i] : g[i] - mean;
+        const f32 against = scoring == SIGMOID ? sigmoid(-logit[i]) : 1.0f;  // 1 - s, without cancellation
+        target[expert[i]] = from_f32<T>(score[i] * against * centred);
     }
 }
 
@@ -160,4 +230,12 @@ __device__ __forceinline__ void route(i32* __restrict__ ids, f32* __restrict__ w
              int experts, int top_k, int scoring, int renormalise, float scale) {                                     \
         tilewise::moe::route<TYPE, GROUPS, WARPS>(ids, weights, logits, stride, bias, tokens, experts, top_k,         \
                                                   scoring, renormalise, scale);                                       \
+    }
+
+#define INSTANTIATE_MOE_ROUTE_GRADIENT(NAME, TYPE, WARPS)                                                             \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                          \
+        NAME(TYPE* out, const TYPE* logits, long long stride, const int* ids, const float* grad, long long tokens,    \
+             int experts, int top_k, int scoring, int renormalise, float scale) {                                     \
+        tilewise::moe::route_gradient<TYPE, WARPS>(out, logits, stride, ids, grad, tokens, experts, top_k, scoring,   \
+                                                   renormalise, scale);                                               \
     }

@@ -4,7 +4,8 @@
 * :mod:`tilewise.cuda.moe.sorting`: expert ids to rows grouped by expert;
 * :mod:`tilewise.cuda.moe.products`: the launches of the layer's matrix products and sums;
 * :mod:`tilewise.cuda.moe.layer`: the expert layer and its gradients;
-* :mod:`tilewise.cuda.moe.aggregation`: each token sums the rows of its experts.
+* :mod:`tilewise.cuda.moe.aggregation`: each token sums the rows of its experts;
+* :mod:`tilewise.cuda.moe.operators`: all of it with the arguments of torch's operators.
 
 Takes CuPy arrays, torch CUDA tensors, or anything else with ``__dlpack__`` on a CUDA device; returns torch tensors for
 torch tensors and CuPy arrays otherwise. Everything runs on the caller's current stream, without atomics and without
@@ -18,7 +19,7 @@ from tilewise.cuda.kernel import Kernel
 from tilewise.cuda.moe import aggregation, products, routers, sorting
 from tilewise.cuda.moe.aggregation import aggregate
 from tilewise.cuda.moe.layer import experts, experts_backward, experts_forward
-from tilewise.cuda.moe.routers import MAX_EXPERTS, MAX_TOP_K, route
+from tilewise.cuda.moe.routers import MAX_EXPERTS, MAX_TOP_K, route, route_backward
 from tilewise.cuda.moe.sorting import Metadata, metadata
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "experts_forward",
     "metadata",
     "route",
+    "route_backward",
 ]
 
 #: Every instantiation of this room.

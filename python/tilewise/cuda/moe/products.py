@@ -157,8 +157,10 @@ def _stride(array: DeviceArray, axis: int) -> np.int64:
 
 
 def _engine(problem: Problem, columns: int, *arrays: DeviceArray) -> Engine:
-    """The engine for a product of that many columns. Rows that do not all start and end at multiples of 16 bytes have
-    one of their own; warpgroups are asked for by ``TILEWISE_CUDA_WARPGROUPS=1`` and want more than half of their columns.
+    """The engine for a product of that many columns.
+
+    Rows that do not all start and end at multiples of 16 bytes have one of their own. Warpgroups are asked for by
+    ``TILEWISE_CUDA_WARPGROUPS=1``, and take products with more than half of their columns.
     """
     size = ITEMSIZES[problem.x.dtype]
     together = problem.d * size | problem.n * size

@@ -15,13 +15,14 @@ from tilewise.cuda.launch import describe, empty, launch, same_place
 from tilewise.errors import ArgumentError, ShapeError, UnsupportedError
 from tilewise.moe import Scoring
 
-__all__ = ["KERNELS", "MAX_EXPERTS", "MAX_TOP_K", "route"]
+__all__ = ["KERNELS", "MAX_EXPERTS", "MAX_TOP_K", "route", "route_backward"]
 
 MAX_TOP_K = 64
 MAX_EXPERTS = 4096
 
 # Groups of 256 experts in the router's shared memory -> warps of a block (a warp a row, 32 KiB a block at most).
 _ROUTE_WARPS = {1: 4, 2: 4, 4: 4, 16: 2}
+_GRADIENT_WARPS = 4
 
 # (kernel's Scoring, renormalise): enum Scoring in cuda/moe/route.cuh
 _SCORINGS = {
@@ -38,8 +39,17 @@ def _route_kernel(dtype: str, groups: int) -> Kernel:
     return Kernel(name, "moe.cuh", stub)
 
 
+def _gradient_kernel(dtype: str) -> Kernel:
+    name = f"tilewise_moe_route_gradient_{TYPES[dtype]}"
+    stub = f"INSTANTIATE_MOE_ROUTE_GRADIENT({name}, tilewise::{TYPES[dtype]}, {_GRADIENT_WARPS})\n"
+    return Kernel(name, "moe.cuh", stub)
+
+
 #: Every instantiation of the router.
-KERNELS: tuple[Kernel, ...] = tuple(_route_kernel(dtype, groups) for dtype in TYPES for groups in _ROUTE_WARPS)
+KERNELS: tuple[Kernel, ...] = (
+    *(_route_kernel(dtype, groups) for dtype in TYPES for groups in _ROUTE_WARPS),
+    *(_gradient_kernel(dtype) for dtype in TYPES),
+)
 
 
 def route(
@@ -114,3 +124,63 @@ def route(
     )
     launch(_route_kernel(x.dtype, groups), (-(-tokens // warps), 1, 1), (32 * warps, 1, 1), arguments, x)
     return ids.array, weights.array
+
+
+def route_backward(
+    grad: Any,
+    logits: Any,
+    expert_ids: Any,
+    *,
+    scoring: Scoring = "softmax_topk",
+    renormalise: bool = False,
+    scale: float = 1.0,
+) -> Any:
+    """Gradient of the logits of :func:`route`: through the weights alone, the choice is a constant.
+
+    Args:
+        grad: float32 ``[T, top_k]``, gradient of the weights.
+        logits: as :func:`route` got them.
+        expert_ids: as :func:`route` returned them; an id outside the row is passed over.
+        scoring, renormalise, scale: as :func:`route` got them.
+
+    Returns:
+        ``[T, E]`` of the type of `logits`, computed in float32 and rounded once.
+
+    Raises:
+        ShapeError: shapes do not fit.
+        ArgumentError: an unknown scoring.
+        UnsupportedError: a larger ``top_k`` than 64, or a tensor that requires grad.
+        DtypeError: another element type.
+        DeviceError: an array that is not on a GPU, or two on different ones.
+        MissingExtraError: CuPy, cuda-core or NVRTC is not installed.
+
+    Example:
+        >>> import cupy, tilewise.cuda.moe                                      # doctest: +SKIP
+        >>> logits = cupy.asarray([[0.0, 2.0, 2.0]], "f4")                      # doctest: +SKIP
+        >>> ids, weights = tilewise.cuda.moe.route(logits, 2)                   # doctest: +SKIP
+        >>> tilewise.cuda.moe.route_backward(cupy.eye(1, 2, dtype="f4"), logits, ids)   # doctest: +SKIP
+        array([[ 0.  ,  0.25, -0.25]], dtype=float32)
+    """
+    if scoring not in _SCORINGS:
+        raise ArgumentError(f"scoring: expected one of {', '.join(_SCORINGS)}, got {scoring!r}")
+    x = describe("logits", logits, tuple(TYPES))
+    ids = describe("expert_ids", expert_ids, ("int32",))
+    upstream = describe("grad", grad, ("float32",))
+    if len(x.shape) != 2 or len(ids.shape) != 2 or ids.shape[0] != x.shape[0]:
+        raise ShapeError(f"expected logits [T, E] and expert_ids [T, top_k], got shapes {x.shape} and {ids.shape}")
+    if upstream.shape != ids.shape:
+        raise ShapeError(f"grad: expected {list(ids.shape)}, as expert_ids, got shape {upstream.shape}")
+    same_place("logits", x, "expert_ids", ids)
+    same_place("logits", x, "grad", upstream)
+    (tokens, experts), top_k = x.shape, ids.shape[1]
+    if top_k > MAX_TOP_K:
+        raise UnsupportedError(f"expert_ids: the CUDA router takes at most {MAX_TOP_K} experts a token, got {top_k}")
+    x = x.contiguous(last_axis_only=True)
+    out = empty(x, (tokens, experts), x.dtype)
+    code, always = _SCORINGS[scoring]
+    arguments = (
+        *(out, x, np.int64(x.strides[0]), ids.contiguous(), upstream.contiguous(), np.int64(tokens)),
+        *(np.int32(experts), np.int32(top_k), np.int32(code), np.int32(renormalise or always), np.float32(scale)),
+    )
+    launch(_gradient_kernel(x.dtype), (-(-tokens // _GRADIENT_WARPS), 1, 1), (32 * _GRADIENT_WARPS, 1, 1), arguments, x)
+    return out.array
