@@ -9,6 +9,7 @@ products alone. Every answer is checked against `grouped_mm` before it is timed.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -39,19 +40,24 @@ class Peer:
         self.name, self.forward, self.backward = name, forward, backward
 
 
-def tilewise_peer(x: Any, ids: Any, scores: Any, gate_up: Any, down: Any, grad: Any) -> Peer:
+def tilewise_peer(
+    x: Any, ids: Any, scores: Any, gate_up: Any, down: Any, grad: Any, *, warpgroups: bool = False
+) -> Peer:
     kept: list[Any] = []
+    engine = "1" if warpgroups else "0"
 
     def forward() -> Any:
+        os.environ["TILEWISE_CUDA_WARPGROUPS"] = engine
         out, pre = moe.experts_forward(x, ids, scores, gate_up, down)
         kept[:] = [pre]
         return out
 
     def backward() -> Any:
+        os.environ["TILEWISE_CUDA_WARPGROUPS"] = engine
         found = moe.experts_backward(grad, kept[0], x, ids, scores, gate_up, down)
         return found.x, found.weights, found.gate_up, found.down
 
-    return Peer("tilewise", forward, backward)
+    return Peer("tilewise_warpgroups" if warpgroups else "tilewise", forward, backward)
 
 
 def _grouped_mm() -> Callable[..., Any] | None:
@@ -151,7 +157,9 @@ def layer_case(
     ids = torch.multinomial(likely.expand(tokens, -1), slots).int()
     scores = torch.rand(tokens, slots, device="cuda")
     arguments = (x, ids, scores, gate_up, down, grad)
-    made = (tilewise_peer(*arguments), grouped_mm_peer(*arguments), scattermoe_peer(*arguments))
+    made = [tilewise_peer(*arguments), grouped_mm_peer(*arguments), scattermoe_peer(*arguments)]
+    if torch.cuda.get_device_capability()[0] == 9:
+        made.insert(1, tilewise_peer(*arguments, warpgroups=True))
     peers, failed = [], {}
     for peer in made:
         if peer is None:
@@ -161,7 +169,7 @@ def layer_case(
             peer.backward()
             peers.append(peer)
         except Exception as error:  # a peer that cannot do the shape is recorded, not hidden and not fatal
-            if peer.name == "tilewise":
+            if peer.name.startswith("tilewise"):
                 raise
             failed[peer.name] = f"{type(error).__name__}: {error}"[:300]
     entry: dict[str, Any] = {
@@ -182,7 +190,8 @@ def layer_case(
         entry["relative_differences"] = {
             peer.name: _differences(peer, reference) for peer in peers if peer is not reference
         }
-        assert max(entry["relative_differences"]["tilewise"].values()) < 2e-2, entry
+        for name, differences in entry["relative_differences"].items():
+            assert not name.startswith("tilewise") or max(differences.values()) < 2e-2, entry
     memory = {peer.name: _peak(peer) for peer in peers}
     times: dict[str, list[tuple[float, float]]] = {peer.name: [] for peer in peers}
     for turn in range(ROUNDS + 3):
