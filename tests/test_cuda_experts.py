@@ -14,7 +14,7 @@ from tilewise.cuda import moe
 from tilewise.cuda.kernel import Kernel
 from tilewise.cuda.launch import launch
 from tilewise.cuda.moe import operators, products
-from tilewise.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
+from tilewise.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from tilewise.moe import ACTIVATIONS, ExpertGradients
 
 LAYOUTS = ("concatenated", "interleaved")
@@ -288,8 +288,8 @@ def test_operators_have_the_arguments_of_torchs(place: Place) -> None:
     same_bits([place.get(ids), place.get(weights)], [place.get(array) for array in one])
     gradient = operators.route_backward(weights, logits, ids, "sigmoid", True, 2.0)
     assert tuple(gradient.shape) == (5, 8)
-    with pytest.raises(UnsupportedError, match="no group limit, got groups 4 and top_groups 2"):
-        operators.route(logits, 2, "sigmoid", None, True, 2.0, 4, 2)
+    ids, _ = operators.route(logits, 2, "sigmoid", None, True, 2.0, 4, 1)
+    same_bits([place.get(ids)], [place.get(moe.route(logits, 2, scoring="sigmoid", groups=4, top_groups=1)[0])])
 
 
 def test_refusals(place: Place) -> None:

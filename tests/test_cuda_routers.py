@@ -166,6 +166,56 @@ def test_route_refuses(place: Place) -> None:
         moe.route(place.put(np.zeros((1, 100), np.float32)), 65)
 
 
+def grouped_truth(wide: np.ndarray, top_k: int, groups: int, top_groups: int, bias: np.ndarray | None) -> np.ndarray:
+    """The ids of group-limited routing, by sorting; ties to the lower group and the lower expert."""
+    choice = 1 / (1 + np.exp(-wide)) + (0 if bias is None else bias)
+    size = wide.shape[1] // groups
+    ids = []
+    for row in choice:
+        best = [np.sort(row[group * size : (group + 1) * size])[-2:].sum() for group in range(groups)]
+        opened = np.argsort(-np.array(best), kind="stable")[:top_groups]
+        closed = ~np.isin(np.arange(len(row)) // size, opened)
+        ids.append(np.lexsort((-row, closed))[:top_k])
+    return np.array(ids)
+
+
+@pytest.mark.parametrize(
+    ("experts", "groups", "top_groups", "top_k"),
+    [(8, 4, 2, 3), (256, 8, 4, 8), (160, 32, 3, 15), (6, 6, 2, 2), (64, 64, 64, 5), (96, 3, 1, 32)],
+)
+def test_route_among_open_groups(place: Place, experts: int, groups: int, top_groups: int, top_k: int) -> None:
+    generator = np.random.default_rng(experts)
+    logits = generator.normal(size=(9, experts)).astype(np.float32)
+    for bias in (None, generator.normal(scale=0.3, size=experts).astype(np.float32)):
+        given = None if bias is None else place.put(bias)
+        options = {"scoring": "sigmoid", "groups": groups, "top_groups": top_groups, "bias": given}
+        ids, weights = (place.get(array) for array in moe.route(place.put(logits), top_k, **options))
+        expected = grouped_truth(logits.astype(np.float64), top_k, groups, top_groups, bias)
+        np.testing.assert_array_equal(ids, expected)
+        chosen = np.take_along_axis(logits.astype(np.float64), expected, axis=1)
+        np.testing.assert_allclose(weights, 1 / (1 + np.exp(-chosen)), rtol=1e-6)
+
+
+def test_ties_of_groups_go_to_the_lower(place: Place) -> None:
+    ids, _ = moe.route(place.put(np.zeros((2, 12), np.float32)), 4, scoring="sigmoid", groups=4, top_groups=2)
+    assert place.get(ids).tolist() == [[0, 1, 2, 3]] * 2
+    row = np.array([[5.0, -9.0, 1.0, 1.0, 5.0, -9.0]], np.float32)  # two largest of a group, not its largest
+    ids, _ = moe.route(place.put(row), 2, scoring="sigmoid", groups=3, top_groups=1)
+    assert place.get(ids).tolist() == [[2, 3]]
+
+
+def test_groups_that_do_not_fit_are_refused(place: Place) -> None:
+    logits = place.put(np.zeros((2, 96), np.float32))
+    with pytest.raises(ArgumentError, match="groups: expected them with scoring 'sigmoid' only, got 2 with"):
+        moe.route(logits, 2, groups=2)
+    with pytest.raises(ArgumentError, match="groups: expected a divisor of the number of experts, 96, got 5"):
+        moe.route(logits, 2, scoring="sigmoid", groups=5)
+    with pytest.raises(ArgumentError, match=r"top_groups: expected 1..=4 groups .* top_k = 30 experts, got 1"):
+        moe.route(logits, 30, scoring="sigmoid", groups=4, top_groups=1)
+    with pytest.raises(UnsupportedError, match="closes some of at most 32 groups, got 48"):
+        moe.route(logits, 2, scoring="sigmoid", groups=48, top_groups=4)
+
+
 # --- the router's gradient --------------------------------------------------------------------------------------
 
 

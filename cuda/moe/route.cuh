@@ -77,14 +77,49 @@ __device__ __forceinline__ Weights weigh(f32 logit0, f32 logit1, bool first, boo
     return {weight0 / sum, weight1 / sum};
 }
 
+constexpr u32 ALL_GROUPS = 0xffffffffu;
+
+// Bits of the `top_groups` of at most 32 groups whose two largest choices have the largest sums (a group of one: its one
+// choice); ties to the lower group, NaN is passed over. Fewer than 32 bits, so never ALL_GROUPS.
+template <class Choice>
+__device__ __forceinline__ u32 open_groups(const Choice& choice, i32 groups, i32 top_groups, i32 size) {
+    const i32 lane = lane_id();
+    u32 key = KEY_ABSENT;  // of group number `lane`
+    for (i32 group = 0; group < groups; ++group) {
+        f32 best = -infinity(), next = -infinity();
+        for (i32 member = lane; member < size; member += WARP) {
+            const f32 own = choice(group * size + member);
+            if (own > best) {
+                next = best;
+                best = own;
+            } else if (own > next) {
+                next = own;
+            }
+        }
+        const f32 top = warp_max(best);
+        const u32 holder = warp_min(best == top ? static_cast<u32>(lane) : 32u);
+        const f32 second = warp_max(holder == lane ? next : best);
+        if (group == lane) key = order_key(size > 1 ? top + second : top);
+    }
+    u32 open = 0;
+    for (i32 taken = 0; taken < top_groups; ++taken) {
+        const u32 top_key = warp_max(key);
+        const u32 group = warp_min(key == top_key ? static_cast<u32>(lane) : 32u);
+        open |= 1u << group;
+        if (group == lane) key = KEY_ABSENT;
+    }
+    return open;
+}
+
 // Chooses `top_k` experts for each row of logits [tokens, experts] and weighs them. top_k <= 64 (two results a lane),
 // experts <= GROUPS * 256; a block is WARPS * 32 threads and does WARPS rows.
 //
 //   for each row:
 //       score  = logit | softmax(row) | sigmoid(logit)           by `scoring`
-//       choice = score + bias                                    a bias comes with the sigmoid alone
+//       choice = score + bias                                    a bias and groups come with the sigmoid alone
+//       close all groups of experts but the best top_groups      (open_groups)
 //       repeat top_k times:
-//           e = the expert not yet taken with the largest choice (ties: lower e; NaN ranks last)
+//           e = the open expert not yet taken with the largest choice (ties: lower e; NaN ranks last)
 //           take e
 //       weight = softmax(taken logits) | score[taken] | score[taken] / sum(score[taken])
 //       write taken, weight * scale
@@ -94,7 +129,7 @@ __device__ __forceinline__ Weights weigh(f32 logit0, f32 logit1, bool first, boo
 //      alignment and every number of experts.
 //   2. Choices become order keys once (common/order.cuh). The best of a warp is then two integer reductions: the
 //      largest key, then the lowest expert among the lanes that hold it. Nothing is packed into mantissa bits.
-//   3. Without a bias the key is the logit's: softmax and sigmoid rise with it, so no tie arises from their rounding.
+//   3. Without a bias or groups the key is the logit's: softmax and sigmoid rise with it, so no tie arises from their rounding.
 //   4. A lane's keys lie in its own column of shared memory: no bank conflict, no barrier, and they can be indexed,
 //      which registers cannot. What every step reads, the best of each group of eight slots, is in registers. A step
 //      changes one group of one lane, so it costs GROUP + GROUPS comparisons instead of one for each slot.
@@ -105,7 +140,7 @@ __device__ __forceinline__ Weights weigh(f32 logit0, f32 logit1, bool first, boo
 template <class T, i32 GROUPS, i32 WARPS>
 __device__ __forceinline__ void route(i32* __restrict__ ids, f32* __restrict__ weights, const T* __restrict__ logits,
                                       i64 stride, const f32* __restrict__ bias, i64 tokens, i32 experts, i32 top_k,
-                                      i32 scoring, i32 renormalise, f32 scale) {
+                                      i32 scoring, i32 renormalise, f32 scale, i32 groups, i32 top_groups) {
     __shared__ u32 keys[WARPS][GROUPS * GROUP][WARP];
 
     const i32 warp = static_cast<i32>(threadIdx.x) / WARP, lane = lane_id();
@@ -117,15 +152,18 @@ __device__ __forceinline__ void route(i32* __restrict__ ids, f32* __restrict__ w
     RowSum all{-infinity(), 0.0f};
     if (scoring == SOFTMAX && !renormalise) all = sum_of_row(row, experts);
 
+    const auto choice = [&](i32 expert) {
+        const f32 logit = to_f32(row[expert]);
+        return bias != nullptr ? sigmoid(logit) + bias[expert] : groups > 1 ? sigmoid(logit) : logit;
+    };
+    const i32 size = experts / groups;
+    const u32 open = top_groups < groups ? open_groups(choice, groups, top_groups, size) : ALL_GROUPS;
+
 #pragma unroll 8
     for (i32 slot = 0; slot < GROUPS * GROUP; ++slot) {
         const i32 expert = slot * WARP + lane;
         u32 own = KEY_ABSENT;
-        if (expert < experts) {
-            f32 choice = to_f32(row[expert]);
-            if (bias != nullptr) choice = sigmoid(choice) + bias[expert];
-            own = order_key(choice);
-        }
+        if (expert < experts && (open == ALL_GROUPS || open >> expert / size & 1)) own = order_key(choice(expert));
         key[slot][lane] = own;
     }
     Best best[GROUPS];
@@ -227,9 +265,9 @@ __device__ __forceinline__ void route_gradient(T* out, const T* __restrict__ log
 #define INSTANTIATE_MOE_ROUTE(NAME, TYPE, GROUPS, WARPS)                                                              \
     extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                          \
         NAME(int* ids, float* weights, const TYPE* logits, long long stride, const float* bias, long long tokens,     \
-             int experts, int top_k, int scoring, int renormalise, float scale) {                                     \
+             int experts, int top_k, int scoring, int renormalise, float scale, int groups, int top_groups) {         \
         tilewise::moe::route<TYPE, GROUPS, WARPS>(ids, weights, logits, stride, bias, tokens, experts, top_k,         \
-                                                  scoring, renormalise, scale);                                       \
+                                                  scoring, renormalise, scale, groups, top_groups);                   \
     }
 
 #define INSTANTIATE_MOE_ROUTE_GRADIENT(NAME, TYPE, WARPS)                                                             \

@@ -8,8 +8,8 @@
 // ends while others wait is the error that would hang a GPU; it is reported through `emulator_fault`.
 //
 // A block's barrier lets nobody through before all threads that still run have come. An asynchronous copy happens at
-// the last moment that the rules allow, when its own thread waits for it: who reads too early reads old memory, which
-// starts as NaN.
+// the first or at the last moment that the rules allow, by thread: who reads too early reads old memory, which starts as
+// NaN, and who refills a place too early overwrites what others read.
 #pragma once
 
 #include <cmath>
@@ -43,6 +43,11 @@ struct Copy {
     void* target;
     const void* source;  // null: zeros
 };
+
+inline void make(const Copy& copy) {
+    if (copy.source == nullptr) std::memset(copy.target, 0, 16);
+    else std::memcpy(copy.target, copy.source, 16);
+}
 
 // A product that this thread's warpgroup has begun.
 struct Product {

@@ -1,4 +1,5 @@
-// Stands in for cuda/ptx/async.cuh: a copy is made when its thread waits for its group, and not before.
+// Stands in for cuda/ptx/async.cuh. A copy may be made at any time between its issue and the wait for its group: odd
+// threads make it at once, so that what others still read is overwritten, even threads at the wait and not before.
 #pragma once
 
 #include "../common/memory.cuh"
@@ -9,7 +10,14 @@ namespace tilewise {
 
 inline void async_copy_16(shared_t target, const void* source, bool wanted) {
     check_16(source);
-    emulator::threads[emulator::current].copies.push_back({shared_pointer<char>(target, 16), wanted ? source : nullptr});
+    emulator::Thread& thread = emulator::threads[emulator::current];
+    const emulator::Copy copy{shared_pointer<char>(target, 16), wanted ? source : nullptr};
+    if (emulator::current % 2 == 0) {
+        thread.copies.push_back(copy);
+    } else {
+        emulator::make(copy);
+        thread.published = false;
+    }
 }
 
 inline void async_commit() {
@@ -22,11 +30,7 @@ template <i32 PENDING> inline void async_wait() {
     if (thread.committed.size() <= PENDING) return;
     const std::size_t arrived = thread.committed.size() - PENDING, count = thread.committed[arrived - 1];
     if (count > 0) thread.published = false;
-    for (std::size_t i = 0; i < count; ++i) {
-        const emulator::Copy& copy = thread.copies[i];
-        if (copy.source == nullptr) std::memset(copy.target, 0, 16);
-        else std::memcpy(copy.target, copy.source, 16);
-    }
+    for (std::size_t i = 0; i < count; ++i) emulator::make(thread.copies[i]);
     thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<std::ptrdiff_t>(count));
     thread.committed.erase(thread.committed.begin(), thread.committed.begin() + static_cast<std::ptrdiff_t>(arrived));
     for (std::size_t& end : thread.committed) end -= count;

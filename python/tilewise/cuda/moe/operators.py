@@ -10,7 +10,6 @@ from typing import Any
 
 from tilewise.cuda.launch import describe, empty
 from tilewise.cuda.moe import layer, routers
-from tilewise.errors import UnsupportedError
 from tilewise.moe import ExpertGradients
 
 __all__ = ["experts", "experts_backward", "route", "route_backward"]
@@ -32,17 +31,17 @@ def route(
     groups: int = 1,
     top_groups: int = 1,
 ) -> tuple[Any, Any]:
-    """``moe_route``; see :func:`tilewise.cuda.moe.route`.
-
-    Raises:
-        UnsupportedError: some groups of experts are closed to a token (``top_groups < groups``): the kernel has none.
-    """
-    if top_groups < groups:
-        raise UnsupportedError(
-            f"the CUDA router has no group limit, got groups {groups} and top_groups {top_groups}; "
-            "route on the CPU (logits.cpu()), or choose among all groups"
-        )
-    return routers.route(logits, top_k, scoring=scoring, bias=bias, renormalise=renormalise, scale=scale)
+    """``moe_route``; see :func:`tilewise.cuda.moe.route`."""
+    return routers.route(
+        logits,
+        top_k,
+        scoring=scoring,
+        bias=bias,
+        renormalise=renormalise,
+        scale=scale,
+        groups=groups,
+        top_groups=top_groups,
+    )
 
 
 def route_backward(grad: Any, logits: Any, expert_ids: Any, scoring: Any, renormalise: bool, scale: float) -> Any:

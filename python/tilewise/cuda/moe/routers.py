@@ -19,6 +19,7 @@ __all__ = ["KERNELS", "MAX_EXPERTS", "MAX_TOP_K", "route", "route_backward"]
 
 MAX_TOP_K = 64
 MAX_EXPERTS = 4096
+MAX_GROUPS = 32
 
 # Groups of 256 experts in the router's shared memory -> warps of a block (a warp a row, 32 KiB a block at most).
 _ROUTE_WARPS = {1: 4, 2: 4, 4: 4, 16: 2}
@@ -60,6 +61,8 @@ def route(
     bias: Any | None = None,
     renormalise: bool = False,
     scale: float = 1.0,
+    groups: int = 1,
+    top_groups: int | None = None,
 ) -> tuple[Any, Any]:
     """Choose ``top_k`` experts for each token and weigh them, in one kernel.
 
@@ -73,6 +76,9 @@ def route(
             weights. That sum is float32: choices that lie within its rounding may swap.
         renormalise: divide the weights of a token by their sum.
         scale: factor on the final weights.
+        groups: with ``sigmoid`` alone: experts stand in this many groups of neighbours, 32 at most if some are closed.
+        top_groups: only experts of this many groups may be chosen: those whose two largest scores, bias included, have
+            the largest sum, in float32. All of them by default.
 
     Returns:
         ``(expert_ids, weights)``: int32 and float32, both ``[T, top_k]``, by falling score; equal scores rank by
@@ -101,6 +107,20 @@ def route(
     tokens, experts = x.shape
     if not 1 <= top_k <= experts:
         raise ArgumentError(f"top_k: expected 1..={experts} (the number of experts), got {top_k}")
+    kept = groups if top_groups is None else top_groups
+    if groups != 1 and scoring != "sigmoid":
+        raise ArgumentError(f"groups: expected them with scoring 'sigmoid' only, got {groups} with {scoring!r}")
+    if groups < 1 or experts % groups:
+        raise ArgumentError(f"groups: expected a divisor of the number of experts, {experts}, got {groups}")
+    if not 1 <= kept <= groups or top_k > kept * (experts // groups):
+        raise ArgumentError(
+            f"top_groups: expected 1..={groups} groups that hold at least top_k = {top_k} experts, got {top_groups}"
+        )
+    if groups > MAX_GROUPS and kept < groups:
+        raise UnsupportedError(
+            f"the CUDA router closes some of at most {MAX_GROUPS} groups, got {groups}; tilewise.moe.route has no such "
+            "limit"
+        )
     if experts > MAX_EXPERTS or top_k > MAX_TOP_K:
         raise UnsupportedError(
             f"the CUDA router takes at most {MAX_EXPERTS} experts and top_k {MAX_TOP_K}, got {experts} and {top_k}; "
@@ -115,14 +135,14 @@ def route(
         b = b.cast("float32").contiguous()
     x = x.contiguous(last_axis_only=True)
     ids, weights = empty(x, (tokens, top_k), "int32"), empty(x, (tokens, top_k), "float32")
-    groups = min(groups for groups in _ROUTE_WARPS if groups * 256 >= experts)
-    warps = _ROUTE_WARPS[groups]
+    capacity = min(capacity for capacity in _ROUTE_WARPS if capacity * 256 >= experts)
+    warps = _ROUTE_WARPS[capacity]
     code, always = _SCORINGS[scoring]
     arguments = (
         *(ids, weights, x, np.int64(x.strides[0]), b, np.int64(tokens), np.int32(experts), np.int32(top_k)),
-        *(np.int32(code), np.int32(renormalise or always), np.float32(scale)),
+        *(np.int32(code), np.int32(renormalise or always), np.float32(scale), np.int32(groups), np.int32(kept)),
     )
-    launch(_route_kernel(x.dtype, groups), (-(-tokens // warps), 1, 1), (32 * warps, 1, 1), arguments, x)
+    launch(_route_kernel(x.dtype, capacity), (-(-tokens // warps), 1, 1), (32 * warps, 1, 1), arguments, x)
     return ids.array, weights.array
 
 
