@@ -4,6 +4,7 @@
 //! * `vector`: the traits kernels are written in; `scalar`, `avx2`, `avx512`, `neon`: one implementation each;
 //! * `kernel/`: the algorithms, once, over the traits;
 //! * [`table`]: a table of function pointers per level, with safe, checked methods. Rooms use nothing else.
+//! * [`ranking`]: the same for the kernels of choosing.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -12,14 +13,17 @@ mod avx512;
 mod kernel;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+pub mod ranking;
 mod scalar;
 pub mod table;
 mod vector;
 
 use crate::error::{Error, Result};
+use crate::view::Matrix;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 pub use kernel::activation::Activation;
+pub use kernel::tile::Ahead;
 pub use table::{HalfTable, Kernel, Online, Round, Table, half_table};
 
 /// Instruction-set levels, weakest first.
@@ -145,6 +149,27 @@ pub fn force(name: Option<&str>) -> Result<()> {
     };
     CHOSEN.store(level as u8, Ordering::Relaxed);
     Ok(())
+}
+
+/// Asks for the memory of a matrix whose rows are contiguous (others are left alone). A hint.
+#[inline]
+pub fn prefetch<T: Copy>(matrix: Matrix<'_, T>) {
+    const LINE: usize = 64;
+    for i in 0..matrix.rows() {
+        let Some(row) = matrix.row(i) else { return };
+        let start = row.as_ptr().cast::<u8>();
+        let mut at = 0;
+        while at < std::mem::size_of_val(row) {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a hint; SSE is part of x86-64.
+            unsafe {
+                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(start.wrapping_add(at).cast());
+            }
+            at += LINE;
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = start;
+    }
 }
 
 #[cfg(test)]

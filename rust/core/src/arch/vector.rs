@@ -35,6 +35,17 @@ pub(crate) unsafe trait Vector: Copy {
     unsafe fn where_greater(self, other: Self, a: Self, b: Self) -> Self;
     /// Whether any lane of `self` is greater than `other`'s.
     unsafe fn any_greater(self, other: Self) -> bool;
+    /// One bit a lane, lane 0 lowest: `self >= other`, false where either is NaN. The default goes through memory.
+    #[inline(always)]
+    unsafe fn at_least(self, other: Self) -> u32 {
+        let (mut own, mut others) = ([Self::Elem::ZERO; 16], [Self::Elem::ZERO; 16]);
+        // SAFETY: LANES is at most 16.
+        unsafe {
+            self.store(own.as_mut_ptr());
+            other.store(others.as_mut_ptr());
+        }
+        (0..Self::LANES).fold(0, |bits, lane| bits | u32::from(own[lane] >= others[lane]) << lane)
+    }
     /// `2^n` for integral lanes: exact, 0 below -126 - 23 (or -127 where subnormals are not built), inf from 128 on.
     unsafe fn exp2_integer_times(self, factor: Self) -> Self;
     /// Sum of the lanes, in a fixed order.
@@ -173,6 +184,15 @@ pub(crate) unsafe trait Half: Vector<Elem = f32> {
     unsafe fn load_bf16(from: *const u16) -> Self;
     /// Rounds a register to bfloat16 and stores `LANES` elements.
     unsafe fn store_bf16(self, to: *mut u16);
+    /// Rounds two registers to bfloat16 and stores `2 * LANES` elements.
+    #[inline(always)]
+    unsafe fn store_bf16_two(first: Self, second: Self, to: *mut u16) {
+        // SAFETY: forwarded.
+        unsafe {
+            first.store_bf16(to);
+            second.store_bf16(to.add(Self::LANES));
+        }
+    }
     /// Rounds two registers to bfloat16 (nearest even, NaN kept) and stores them as `LANES` pairs.
     unsafe fn store_pairs(low: Self, high: Self, to: *mut u32);
     /// `LANES` pairs from two rows of bfloat16. The default goes through single precision, which is exact.

@@ -2,18 +2,19 @@
 //!
 //! ```text
 //! X panels = gathered tokens, transposed                  [d, up to 48 tokens] each
-//! for each block of features: copy its weight rows compactly
+//! for each block of features:
 //!     for each panel: H = W_in X;  A panel[features] = act(H)
-//! for each block of outputs: copy its weight rows compactly
+//! for each block of outputs:
 //!     for each panel: Y = W_out A;  transposed into the rows' sums
 //! ```
 //! Departures: (1) the gather is the packing of the panel, tokens are never copied otherwise; (2) lanes are tokens in
 //! both products, so the activation's output *is* the second product's panel: no transposition, no store to memory in
-//! between; (3) weights are streamed once per block of up to [`ROWS`] tokens.
+//! between; (3) weights are streamed once per block of up to [`ROWS`] tokens, asked for a
+//! block ahead while the one before is multiplied; rows that cannot be read in place are copied compactly.
 
-use super::problem::Layer;
 use super::lines;
-use crate::arch::Kernel;
+use super::problem::Layer;
+use crate::arch::{Ahead, Kernel};
 use crate::dtype::Real;
 use crate::gemm::accumulate;
 use crate::gemm::arithmetic::Arithmetic;
@@ -34,6 +35,7 @@ pub struct Scratch<S: Arithmetic> {
     weights: Vec<S::Unit>,
     gate: Vec<S::Acc>,
     up: Vec<S::Acc>,
+    ahead: Ahead,
 }
 
 impl<S: Arithmetic> Default for Scratch<S> {
@@ -45,16 +47,24 @@ impl<S: Arithmetic> Default for Scratch<S> {
             weights: Vec::new(),
             gate: Vec::new(),
             up: Vec::new(),
+            ahead: Ahead::default(),
         }
     }
 }
 
-/// Panels of a block of tokens: (first row, rows, lanes).
+/// Panels of a block of tokens: (first row, rows, lanes), as even as registers allow: a panel of one register reads
+/// as much to multiply as one of three.
 fn panels<S: Arithmetic>(rows: &Range<usize>) -> Vec<(usize, usize, usize)> {
-    let width = S::panel();
-    let cut =
-        |start: usize| (start, width.min(rows.end - start), width.min((rows.end - start).next_multiple_of(S::lanes())));
-    rows.clone().step_by(width).map(cut).collect()
+    let registers = rows.len().div_ceil(S::lanes());
+    let count = rows.len().div_ceil(S::panel());
+    let mut start = rows.start;
+    let mut cut = |panel: usize| {
+        let width = S::lanes() * (registers / count + usize::from(panel < registers % count));
+        let part = (start, width.min(rows.end - start), width);
+        start += part.1;
+        part
+    };
+    (0..count).map(&mut cut).collect()
 }
 
 /// One task: all products of `rows` (rows of `expert`), into `sums`.
@@ -69,7 +79,7 @@ pub fn run<S: Arithmetic>(
     let panels = panels::<S>(&rows);
     let (depth, hidden) = (S::units(layer.width), S::units(layer.hidden));
     let full = S::panel();
-    let Scratch { lines, tokens, active, weights, gate, up } = scratch;
+    let Scratch { lines, tokens, active, weights, gate, up, ahead } = scratch;
     grow(tokens, panels.len() * full * depth);
     grow(active, panels.len() * full * hidden);
     grow(gate, FEATURES * full);
@@ -80,20 +90,32 @@ pub fn run<S: Arithmetic>(
         pack::panel(&gathered, 0, count, width, lines, &mut tokens[p * full * depth..][..width * depth]);
     }
     let table = S::Acc::table();
+    let down = layer.weights.down.matrix::<S>(&[expert]);
     let matrix = layer.weights.gate_up.matrix::<S>(&[expert]);
     let stride = line_stride(depth);
     for first in (0..layer.hidden).step_by(FEATURES) {
         let count = FEATURES.min(layer.hidden - first);
         let (gates, ups) = layer.feature_rows(first, count);
         let all: Vec<usize> = gates.iter().chain(&ups).copied().collect();
-        pack::compact(&Lines::gathered(matrix, &all), 0, all.len(), stride, weights);
-        let copied = Matrix::new(weights, all.len(), depth, stride);
+        let (gate_lines, up_lines) =
+            in_place::<S>(matrix, &gates).zip(in_place::<S>(matrix, &ups)).unwrap_or_else(|| {
+                pack::compact(&Lines::gathered(matrix, &all), 0, all.len(), stride, weights);
+                let copied = Matrix::new(weights, all.len(), depth, stride);
+                (copied.part(0..count, 0..depth), copied.part(count..all.len(), 0..depth))
+            });
+        let following = first + FEATURES..layer.hidden.min(first + 2 * FEATURES).max(first + FEATURES);
+        if following.is_empty() {
+            ahead.set((0..FEATURES.min(layer.width)).filter_map(|row| down.row(row)));
+        } else {
+            let (gates, ups) = layer.feature_rows(following.start, following.len());
+            ahead.set(gates.into_iter().chain(ups).filter_map(|row| matrix.row(row)));
+        }
         for (p, &(row, tokens_in, width)) in panels.iter().enumerate() {
             let panel = Matrix::new(&tokens[p * full * depth..][..depth * width], depth, width, width);
-            accumulate::<S>(copied.part(0..count, 0..depth), panel, gate, width);
+            accumulate::<S>(gate_lines, panel, gate, width, ahead);
             add_bias(gate, &gates, width, |row| layer.gate_up_bias::<S>(expert, row));
             if !ups.is_empty() {
-                accumulate::<S>(copied.part(count..2 * count, 0..depth), panel, up, width);
+                accumulate::<S>(up_lines, panel, up, width, ahead);
                 add_bias(up, &ups, width, |row| layer.gate_up_bias::<S>(expert, row));
             }
             if let Some(pre) = pre {
@@ -108,7 +130,7 @@ pub fn run<S: Arithmetic>(
             S::seal(gate, count, width, &mut active[p * full * hidden + first / S::PER_UNIT * width..]);
         }
     }
-    let matrix = layer.weights.down.matrix::<S>(&[expert]);
+    let matrix = down;
     let stride = line_stride(hidden);
     for first in (0..layer.width).step_by(lines::SEGMENT) {
         let segment = lines::SEGMENT.min(layer.width - first);
@@ -116,12 +138,16 @@ pub fn run<S: Arithmetic>(
             rows.clone().map(|row| sums.take(row * sums.per_row() + first / lines::SEGMENT)).collect();
         for start in (0..segment).step_by(FEATURES) {
             let count = FEATURES.min(segment - start);
-            pack::compact(&Lines::all(matrix), first + start, count, stride, weights);
-            let copied = Matrix::new(weights, count, hidden, stride);
+            let outputs: Vec<usize> = (first + start..first + start + count).collect();
+            let down_lines = in_place::<S>(matrix, &outputs).unwrap_or_else(|| {
+                pack::compact(&Lines::all(matrix), first + start, count, stride, weights);
+                Matrix::new(weights, count, hidden, stride)
+            });
+            let next = first + start + count;
+            ahead.set((next..layer.width.min(next + FEATURES)).filter_map(|row| matrix.row(row)));
             for (p, &(row, tokens, width)) in panels.iter().enumerate() {
                 let panel = Matrix::new(&active[p * full * hidden..][..hidden * width], hidden, width, width);
-                accumulate::<S>(copied, panel, gate, width);
-                let outputs: Vec<usize> = (first + start..first + start + count).collect();
+                accumulate::<S>(down_lines, panel, gate, width, ahead);
                 add_bias(gate, &outputs, width, |output| layer.down_bias::<S>(expert, output));
                 let place = row - rows.start;
                 let mut parts: Vec<&mut [S::Acc]> =
@@ -130,6 +156,14 @@ pub fn run<S: Arithmetic>(
             }
         }
     }
+}
+
+/// Rows of a matrix that lie evenly apart, as units where they are: most weights. (Rows a multiple of 4 KiB apart share
+/// a set of the first-level cache; the dozen that are read side by side fit its ways, and copying them costs more.)
+fn in_place<'a, S: Arithmetic>(matrix: Matrix<'a, S>, rows: &[usize]) -> Option<Matrix<'a, S::Unit>> {
+    let step = rows.get(1).map_or(1, |second| second - rows[0]);
+    let first = rows.first().copied().unwrap_or(0);
+    S::borrow(matrix.every(first, rows.len(), step)).filter(|lines| lines.col_stride() == 1 || lines.cols() <= 1)
 }
 
 fn grow<U: Copy + Default>(buffer: &mut Vec<U>, len: usize) {

@@ -36,6 +36,10 @@ pub(crate) unsafe fn round<V: Half>(from: *const f32, to: *mut u16, count: usize
     unsafe {
         let whole = count / V::LANES * V::LANES;
         let mut i = 0;
+        while i + 2 * V::LANES <= whole {
+            V::store_bf16_two(V::load(from.add(i)), V::load(from.add(i + V::LANES)), to.add(i));
+            i += 2 * V::LANES;
+        }
         while i < whole {
             V::load(from.add(i)).store_bf16(to.add(i));
             i += V::LANES;
@@ -46,6 +50,18 @@ pub(crate) unsafe fn round<V: Half>(from: *const f32, to: *mut u16, count: usize
             V::load(lanes.as_ptr()).store_bf16(rounded.as_mut_ptr());
             std::ptr::copy_nonoverlapping(rounded.as_ptr(), to.add(whole), count - whole);
         }
+    }
+}
+
+/// Rounds the rows of a block, `step` apart, to bfloat16: `rows[r][c] = block[r * step + c]` for `c < count`.
+///
+/// # Safety
+/// The block holds every row, and each of `rows` `count` writable elements.
+#[inline(always)]
+pub(crate) unsafe fn round_rows<V: Half>(block: *const f32, step: usize, count: usize, rows: &[*mut u16]) {
+    for (r, &row) in rows.iter().enumerate() {
+        // SAFETY: see above.
+        unsafe { round::<V>(block.add(r * step), row, count) }
     }
 }
 
