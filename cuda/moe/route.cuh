@@ -77,10 +77,8 @@ __device__ __forceinline__ Weights weigh(f32 logit0, f32 logit1, bool first, boo
     return {weight0 / sum, weight1 / sum};
 }
 
-constexpr u32 ALL_GROUPS = 0xffffffffu;
-
 // Bits of the `top_groups` of at most 32 groups whose two largest choices have the largest sums (a group of one: its one
-// choice); ties to the lower group, NaN is passed over. Fewer than 32 bits, so never ALL_GROUPS.
+// choice); ties to the lower group, NaN is passed over.
 template <class Choice>
 __device__ __forceinline__ u32 open_groups(const Choice& choice, i32 groups, i32 top_groups, i32 size) {
     const i32 lane = lane_id();
@@ -156,15 +154,21 @@ __device__ __forceinline__ void route(i32* __restrict__ ids, f32* __restrict__ w
         const f32 logit = to_f32(row[expert]);
         return bias != nullptr ? sigmoid(logit) + bias[expert] : groups > 1 ? sigmoid(logit) : logit;
     };
-    const i32 size = experts / groups;
-    const u32 open = top_groups < groups ? open_groups(choice, groups, top_groups, size) : ALL_GROUPS;
-
 #pragma unroll 8
     for (i32 slot = 0; slot < GROUPS * GROUP; ++slot) {
         const i32 expert = slot * WARP + lane;
         u32 own = KEY_ABSENT;
-        if (expert < experts && (open == ALL_GROUPS || open >> expert / size & 1)) own = order_key(choice(expert));
+        if (expert < experts) own = order_key(choice(expert));
         key[slot][lane] = own;
+    }
+    if (top_groups < groups) {
+        const i32 size = experts / groups;
+        const u32 open = open_groups(choice, groups, top_groups, size);
+#pragma unroll 1
+        for (i32 slot = 0; slot < GROUPS * GROUP; ++slot) {
+            const i32 expert = slot * WARP + lane;
+            if (expert < experts && (open >> expert / size & 1) == 0) key[slot][lane] = KEY_ABSENT;
+        }
     }
     Best best[GROUPS];
 #pragma unroll
@@ -262,8 +266,9 @@ __device__ __forceinline__ void route_gradient(T* out, const T* __restrict__ log
 }  // namespace tilewise
 
 // The parameters stand here, beside the code they belong to; a stub only names, types and sizes.
+// 32 warps a multiprocessor leave 64 registers a thread: left alone, the assembler aims at more warps and spills.
 #define INSTANTIATE_MOE_ROUTE(NAME, TYPE, GROUPS, WARPS)                                                              \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                          \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, 32 / WARPS)                                              \
         NAME(int* ids, float* weights, const TYPE* logits, long long stride, const float* bias, long long tokens,     \
              int experts, int top_k, int scoring, int renormalise, float scale, int groups, int top_groups) {         \
         tilewise::moe::route<TYPE, GROUPS, WARPS>(ids, weights, logits, stride, bias, tokens, experts, top_k,         \
