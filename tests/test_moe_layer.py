@@ -599,3 +599,11 @@ def test_a_compiled_layer_trains_alike() -> None:
     want = gradients(fast, t, grad)
     got = gradients(torch.compile(fast, fullgraph=True, backend="aot_eager"), t, grad)
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("name", ["moe_experts", "moe_experts_backward", "moe_route", "moe_route_backward"])
+def test_tensors_on_a_gpu_have_a_kernel(name: str) -> None:
+    import tilewise.cuda.moe.operators
+
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tilewise::{name}", "CUDA")
+    assert callable(getattr(tilewise.cuda.moe.operators, name.removeprefix("moe_")))

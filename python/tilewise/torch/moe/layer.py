@@ -43,7 +43,13 @@ def _experts_fake(x: Tensor, expert_ids: Tensor, weights: Tensor, *rest: Any) ->
     return x.new_empty(x.shape), x.new_empty(kept)
 
 
-_experts = define("moe_experts", f"({_ARGUMENTS}, bool keep) -> (Tensor, Tensor)", _experts_kernel, _experts_fake)
+_experts = define(
+    "moe_experts",
+    f"({_ARGUMENTS}, bool keep) -> (Tensor, Tensor)",
+    _experts_kernel,
+    _experts_fake,
+    cuda=("tilewise.cuda.moe.operators", "experts"),
+)
 
 
 def _backward_kernel(
@@ -77,6 +83,7 @@ _backward = define(
     f"(Tensor grad, Tensor pre_activation, {_ARGUMENTS}, bool[] wanted) -> Tensor[]",
     _backward_kernel,
     _backward_fake,
+    cuda=("tilewise.cuda.moe.operators", "experts_backward"),
 )
 
 # Positions in the operator's arguments of what has a gradient, in the order of ExpertGradients.
@@ -125,7 +132,8 @@ def experts(
     """The expert layer on torch tensors; arguments, result and errors as in :func:`tilewise.moe.experts`.
 
     Differentiable by `x`, `weights`, `gate_up`, `down` and both biases; without a gradient nothing is kept.
-    Under autocast, `x`, the expert weights and biases are cast to its type; the routing weights stay as they are.
+    Tensors on a GPU go to :func:`tilewise.cuda.moe.experts`. Under autocast, `x`, the expert weights and biases are cast
+    to its type; the routing weights stay as they are.
 
     Raises:
         UnsupportedError: on a second derivative.
@@ -138,8 +146,17 @@ def experts(
         >>> up.grad[1].abs().max()
         tensor(0.)
     """
-    refuse_device(x=x, expert_ids=expert_ids, weights=weights, token_ids=token_ids, gate_up=gate_up, down=down)
-    refuse_device(gate_up_bias=gate_up_bias, down_bias=down_bias)
+    refuse_device(
+        cuda=True,
+        x=x,
+        expert_ids=expert_ids,
+        weights=weights,
+        token_ids=token_ids,
+        gate_up=gate_up,
+        down=down,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+    )
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
