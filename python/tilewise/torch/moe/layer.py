@@ -132,7 +132,7 @@ def experts(
     """The expert layer on torch tensors; arguments, result and errors as in :func:`tilewise.moe.experts`.
 
     Differentiable by `x`, `weights`, `gate_up`, `down` and both biases; without a gradient nothing is kept.
-    Tensors on a GPU go to :func:`tilewise.cuda.moe.experts`. Under autocast, `x`, the expert weights and biases are cast
+    Tensors on a GPU go to :func:`tilewise.cuda.moe.experts`. Under autocast, `x`, expert weights and biases are cast
     to its type; the routing weights stay as they are.
 
     Raises:
