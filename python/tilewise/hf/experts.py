@@ -122,6 +122,7 @@ def _fingerprint(module: nn.Module) -> tuple[Any, ...]:
     )
 
 
+@torch.compiler.assume_constant_result
 def plan(module: nn.Module, device: torch.device | str = "cpu") -> Plan:
     """Decide how to compute an expert module; made once a module and remembered.
 
