@@ -213,8 +213,9 @@ def test_torch_operators(dtype: torch.dtype) -> None:
     logits = torch.randn(20, 4).to(dtype)
     torch.library.opcheck(torch.ops.tilewise.moe_route.default, (logits, 2, "sigmoid", torch.zeros(4), True, 1.0))
     ids, weights = twt.moe.route(logits, 2)
-    args = (x, ids, weights, up, down, None, None, "swiglu", "interleaved", 1.7, 7.0)
-    torch.library.opcheck(torch.ops.tilewise.moe_experts.default, args)
+    args = (x, ids, weights, None, up, down, None, None, "swiglu", "interleaved", 1.7, 7.0)
+    for keep in (False, True):
+        torch.library.opcheck(torch.ops.tilewise.moe_experts.default, (*args, keep))
 
     def run(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         ids, weights = twt.moe.route(logits, 2)

@@ -13,6 +13,7 @@ __all__ = [
     "cuda_files",
     "cuda_source",
     "experts",
+    "experts_backward",
     "force_isa",
     "isa_chosen",
     "isa_detected",
@@ -92,19 +93,17 @@ def route(
     scale: float,
 ) -> None: ...
 def experts(
-    x: _Array,
-    ids: _Array,
-    scores: _Array,
-    gate_up: _Array,
-    down: _Array,
+    arrays: Sequence[_Array | None],
+    options: tuple[str, float, float, str],
     out: _Array,
-    *,
-    gate_up_bias: _Array | None,
-    down_bias: _Array | None,
-    activation: str,
-    alpha: float,
-    limit: float,
-    layout: str,
+    pre_activation: _Array | None,
+) -> None: ...
+def experts_backward(
+    grad: _Array,
+    pre_activation: _Array,
+    arrays: Sequence[_Array | None],
+    options: tuple[str, float, float, str],
+    outputs: Sequence[_Array | None],
 ) -> None: ...
 
 # speculation

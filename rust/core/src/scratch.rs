@@ -1,33 +1,35 @@
 //! Large buffers that are kept between calls.
 //!
 //! A fresh allocation of tens of megabytes costs a page fault every 4 KiB when it is first written: a tenth of an
-//! expert layer's time. So one buffer a type is kept, up to [`KEPT_BYTES`]. Contents are whatever the last user left.
+//! expert layer's time. So a few buffers a type are kept, up to [`KEPT_BYTES`]. Contents are whatever the last user left.
 
-use crate::dtype::Real;
+use half::{bf16, f16};
 use std::ops::{Deref, DerefMut};
 use std::sync::Mutex;
 
-/// The largest buffer that is kept.
+/// The most that is kept of one type.
 pub const KEPT_BYTES: usize = 256 << 20;
 
-/// Types with a kept buffer.
-pub trait Kept: Real {
-    /// Where it is kept.
-    fn shelf() -> &'static Mutex<Vec<Self>>;
+/// Types with kept buffers.
+pub trait Kept: Copy + Send + 'static {
+    /// What a fresh buffer holds.
+    const FRESH: Self;
+    /// Where they are kept.
+    fn shelf() -> &'static Mutex<Vec<Vec<Self>>>;
 }
 
 macro_rules! kept {
-    ($t:ty) => {
+    ($($t:ty => $zero:expr),*) => { $(
         impl Kept for $t {
-            fn shelf() -> &'static Mutex<Vec<$t>> {
-                static SHELF: Mutex<Vec<$t>> = Mutex::new(Vec::new());
+            const FRESH: $t = $zero;
+            fn shelf() -> &'static Mutex<Vec<Vec<$t>>> {
+                static SHELF: Mutex<Vec<Vec<$t>>> = Mutex::new(Vec::new());
                 &SHELF
             }
         }
-    };
+    )* };
 }
-kept!(f32);
-kept!(f64);
+kept!(f32 => 0.0, f64 => 0.0, f16 => f16::ZERO, bf16 => bf16::ZERO);
 
 /// A buffer of `len` elements with arbitrary contents; goes back to the shelf when dropped.
 pub struct Buffer<T: Kept> {
@@ -36,13 +38,15 @@ pub struct Buffer<T: Kept> {
 }
 
 impl<T: Kept> Buffer<T> {
-    /// Takes the kept buffer if nobody has it (never waits: another call may hold it, or held it during a fork).
+    /// Takes the smallest kept buffer that is large enough (never waits: another call may hold the shelf, or held it
+    /// during a fork).
     pub fn new(len: usize) -> Self {
-        let mut elements = T::shelf().try_lock().map(|mut shelf| std::mem::take(&mut *shelf)).unwrap_or_default();
-        if elements.len() < len {
-            elements = vec![T::ZERO; len];
-        }
-        Self { elements, len }
+        let fitting = |shelf: &mut Vec<Vec<T>>| {
+            let best = (0..shelf.len()).filter(|&i| shelf[i].len() >= len).min_by_key(|&i| shelf[i].len());
+            best.map(|i| shelf.swap_remove(i))
+        };
+        let kept = T::shelf().try_lock().ok().and_then(|mut shelf| fitting(&mut shelf));
+        Self { elements: kept.unwrap_or_else(|| vec![T::FRESH; len]), len }
     }
 }
 
@@ -61,12 +65,15 @@ impl<T: Kept> DerefMut for Buffer<T> {
 
 impl<T: Kept> Drop for Buffer<T> {
     fn drop(&mut self) {
-        let elements = std::mem::take(&mut self.elements);
-        if elements.len() * size_of::<T>() <= KEPT_BYTES
-            && let Ok(mut shelf) = T::shelf().try_lock()
-            && shelf.len() < elements.len()
-        {
-            *shelf = elements;
+        if let Ok(mut shelf) = T::shelf().try_lock() {
+            shelf.push(std::mem::take(&mut self.elements));
+            // The smallest go first: they are the cheapest to make again.
+            shelf.sort_by_key(|buffer| std::cmp::Reverse(buffer.len()));
+            let mut bytes = 0;
+            shelf.retain(|buffer| {
+                bytes += buffer.len() * size_of::<T>();
+                bytes <= KEPT_BYTES && !buffer.is_empty()
+            });
         }
     }
 }

@@ -284,6 +284,17 @@ impl<'a, T: Copy> Matrix<'a, T> {
         Self { rows: count, row_stride: self.row_stride * step as isize, ..part }
     }
 
+    /// Two rows as a matrix, in any order and at any distance.
+    ///
+    /// # Panics
+    /// If a row is outside.
+    #[inline]
+    pub fn pick(&self, first: usize, second: usize) -> Self {
+        assert!(first < self.rows && second < self.rows);
+        let apart = second as isize - first as isize;
+        Self { rows: 2, row_stride: self.row_stride * apart, ..self.part(first..first + 1, 0..self.cols) }
+    }
+
     /// Rows and columns exchanged.
     pub fn transposed(&self) -> Self {
         Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..*self }
@@ -361,6 +372,47 @@ impl<'a> ArrayMut<'a> {
             strides,
             marker: PhantomData,
         })
+    }
+
+    /// A writable view of a slice whose rows (all axes but the last) lie apart; strides in elements.
+    ///
+    /// # Errors
+    /// Strides that leave the slice, that let two indices share an address, or a last axis that is not contiguous.
+    pub fn from_slice_strided<T: Element>(data: &'a mut [T], shape: &[usize], strides: &[usize]) -> Result<Self> {
+        let signed: Vec<isize> = strides.iter().map(|&stride| stride as isize).collect();
+        check_bounds(data.len(), 0, shape, &signed)?;
+        // Each axis steps over everything that the axes after it reach.
+        let mut reach = 1;
+        for (&extent, &stride) in shape.iter().zip(strides).rev() {
+            if extent > 1 && stride < reach {
+                return Err(Error::shape("view", format!("strides {strides:?} that keep elements apart"), shape));
+            }
+            reach = reach.max(extent.saturating_sub(1) * stride + reach);
+        }
+        if shape.last().is_some_and(|&extent| extent > 1) && strides.last() != Some(&1) {
+            return Err(Error::shape("view", "a contiguous last axis", shape));
+        }
+        Ok(Self {
+            data: data.as_mut_ptr().cast(),
+            dtype: T::DTYPE,
+            shape: shape.to_vec(),
+            strides: signed,
+            marker: PhantomData,
+        })
+    }
+
+    /// The last axis cut into `parts` equal ones: [.., n] becomes [.., parts, n / parts].
+    ///
+    /// # Panics
+    /// If `parts` does not divide it.
+    #[must_use]
+    pub fn split_last(mut self, parts: usize) -> Self {
+        let last = self.shape.pop().unwrap_or(1);
+        assert!(parts > 0 && last.is_multiple_of(parts), "split_last({parts}) of {last}");
+        let stride = self.strides.pop().unwrap_or(1);
+        self.shape.extend([parts, last / parts]);
+        self.strides.extend([(last / parts) as isize * stride, stride]);
+        self
     }
 
     /// Element type.
@@ -515,6 +567,22 @@ mod tests {
         assert_eq!((p.rows(), p.cols(), p.at(1, 0)), (2, 1, 3.0));
         let broadcast = Array::from_slice_strided(&data, 5, &[4, 1], &[0, 0]).unwrap();
         assert_eq!(broadcast.matrix::<f32>(&[]).at(3, 0), 5.0);
+    }
+
+    #[test]
+    fn writable_rows_may_lie_apart_but_not_overlap() {
+        let mut data = [0f32; 14];
+        assert!(ArrayMut::from_slice_strided(&mut data, &[2, 2, 3], &[8, 2, 1]).is_err());
+        assert!(ArrayMut::from_slice_strided(&mut data, &[2, 2, 3], &[5, 3, 1]).is_err());
+        assert!(ArrayMut::from_slice_strided(&mut data, &[2, 2, 4], &[8, 4, 1]).is_err());
+        let rows = ArrayMut::from_slice_strided(&mut data, &[2, 2, 3], &[8, 3, 1]).unwrap().segments::<f32>(2);
+        rows.take(2 * 3 + 1)[0] = 5.0; // row (1, 1), second segment
+        assert_eq!(data[8 + 3 + 2], 5.0);
+        let wide = ArrayMut::from_slice(&mut data, &[2, 6]).unwrap().split_last(3);
+        assert_eq!(wide.shape(), [2, 3, 2]);
+        let m = [1f32, 2.0, 3.0, 4.0, 5.0, 6.0];
+        let picked = Matrix::new(&m, 3, 2, 2).pick(2, 0);
+        assert_eq!((picked.at(0, 0), picked.at(1, 1)), (5.0, 2.0));
     }
 
     #[test]

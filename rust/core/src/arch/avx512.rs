@@ -172,6 +172,14 @@ unsafe impl Half for F32x16 {
         }
     }
     #[inline(always)]
+    unsafe fn pair_up(low: *const u16, high: *const u16, to: *mut u32) {
+        unsafe {
+            let low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(low.cast()));
+            let high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(high.cast()));
+            _mm512_storeu_si512(to.cast(), _mm512_or_si512(low, _mm512_slli_epi32::<16>(high)));
+        }
+    }
+    #[inline(always)]
     unsafe fn store_pairs(low: Self, high: Self, to: *mut u32) {
         unsafe {
             let (low, high) = (round_bf16(low.0), round_bf16(high.0));

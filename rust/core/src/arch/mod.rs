@@ -19,7 +19,7 @@ mod vector;
 use crate::error::{Error, Result};
 use std::sync::atomic::{AtomicU8, Ordering};
 
-pub use kernel::pointwise::Activation;
+pub use kernel::activation::Activation;
 pub use table::{HalfTable, Kernel, Online, Round, Table, half_table};
 
 /// Instruction-set levels, weakest first.

@@ -5,8 +5,8 @@
 //! [`half_table`], which look at the chosen level, and a level can only be chosen where the machine has it:
 //! that is why the calls are sound.
 
-use super::kernel::pointwise::{self, Activation};
-use super::kernel::{pack, rows, softmax, tile};
+use super::kernel::activation::{self, Activation};
+use super::kernel::{pack, pointwise, rows, softmax, tile};
 use super::vector::{Pairs, Plain, Vector, Widen};
 use super::{Level, level, scalar};
 
@@ -27,7 +27,9 @@ pub struct Table<T: Real> {
     softmax: unsafe fn(&softmax::Args<T>) -> bool,
     pack: unsafe fn(&[*const T], usize, usize, *mut T),
     unpack: unsafe fn(*const T, usize, usize, &[*mut T]),
+    stack: unsafe fn(*const T, usize, usize, usize, *mut T),
     activation: unsafe fn(Activation, *mut T, *const T, usize),
+    gradient: unsafe fn(Activation, *mut T, *mut T, *mut T, T, usize) -> T,
     scale_rows: unsafe fn(*mut T, usize, usize, *const T),
     add_scaled: unsafe fn(*mut T, *const T, T, usize),
     row_max: unsafe fn(*const T, T, usize) -> T,
@@ -44,6 +46,9 @@ pub struct HalfTable {
     softmax: unsafe fn(&softmax::Args<f32>) -> bool,
     interleave: unsafe fn(*const f32, usize, usize, *mut u32),
     round: unsafe fn(*const f32, *mut u16, usize),
+    widen_row: unsafe fn(*const u16, *mut f32, usize),
+    unpack: unsafe fn(*const f32, usize, usize, &[*mut u16]),
+    stack: unsafe fn(*const u16, *const u16, usize, usize, usize, *mut u32),
 }
 
 /// The state of an online softmax: one entry a lane.
@@ -145,6 +150,13 @@ fn softmax_args<T: Real>(
     }
 }
 
+/// Units that [`Table::stack`] may write.
+fn stack_extent(lanes: usize, columns: usize, width: usize, step: usize) -> usize {
+    assert!(width > 0 && width.is_multiple_of(lanes), "stack: a width of {width}");
+    let last = columns.saturating_sub(1) / width;
+    if columns == 0 { 0 } else { last * step + (columns - last * width).next_multiple_of(lanes) }
+}
+
 impl<T: Real> Table<T> {
     /// Lanes of a register.
     pub fn lanes(&self) -> usize {
@@ -213,6 +225,24 @@ impl<T: Real> Table<T> {
         let other = up.map_or(gate.as_ptr(), <[T]>::as_ptr);
         // SAFETY: extents checked; level as above.
         unsafe { (self.activation)(kind, gate.as_mut_ptr(), other, gate.len()) }
+    }
+
+    /// Cuts a row into blocks of `width` columns, `step` apart: `out[b * step + c] = row[b * width + c]`, the last block
+    /// filled with zeros up to whole registers.
+    pub fn stack(&self, row: &[T], width: usize, step: usize, out: &mut [T]) {
+        assert!(stack_extent(self.lanes, row.len(), width, step) <= out.len(), "stack: blocks too short");
+        // SAFETY: extents checked; level as above.
+        unsafe { (self.stack)(row.as_ptr(), row.len(), width, step, out.as_mut_ptr()) }
+    }
+
+    /// One row's step back through the activation, in place (see [`activation::gradient`]): `grad` becomes the scaled
+    /// activation, `gate` and `up` their gradients; returns the gradient of `scale`.
+    pub fn gradient(&self, kind: Activation, gate: &mut [T], up: Option<&mut [T]>, grad: &mut [T], scale: T) -> T {
+        assert!(grad.len().is_multiple_of(self.lanes) && gate.len() == grad.len());
+        assert!(up.as_ref().map_or(!kind.gated(), |up| kind.gated() && up.len() == grad.len()));
+        let other = up.map_or(std::ptr::null_mut(), <[T]>::as_mut_ptr);
+        // SAFETY: extents checked; level as above.
+        unsafe { (self.gradient)(kind, gate.as_mut_ptr(), other, grad.as_mut_ptr(), scale, grad.len()) }
     }
 
     /// `block[r, lane] *= factor[lane]`.
@@ -316,6 +346,34 @@ impl HalfTable {
         unsafe { (self.round)(from.as_ptr(), to.as_mut_ptr().cast(), from.len()) }
     }
 
+    /// Widens a row.
+    pub fn widen_row(&self, from: &[half::bf16], to: &mut [f32]) {
+        assert_eq!(from.len(), to.len());
+        // SAFETY: extents checked; `bf16` is a transparent `u16`; level as in `Table`.
+        unsafe { (self.widen_row)(from.as_ptr().cast(), to.as_mut_ptr(), from.len()) }
+    }
+
+    /// As [`Table::unpack`], rounding to bfloat16.
+    pub fn unpack(&self, block: &[f32], count: usize, width: usize, rows: &mut [&mut [half::bf16]]) {
+        assert!(rows.len() <= width && width.is_multiple_of(self.lanes) && count * width <= block.len());
+        let mut pointers = [std::ptr::null_mut(); 64];
+        for (slot, row) in pointers.iter_mut().zip(rows.iter_mut()) {
+            assert!(row.len() >= count, "unpack: row too short");
+            *slot = row.as_mut_ptr().cast();
+        }
+        // SAFETY: rows and block checked; level as in `Table`.
+        unsafe { (self.unpack)(block.as_ptr(), count, width, &pointers[..rows.len()]) }
+    }
+
+    /// As [`Table::stack`], for two rows at once: unit c is the pair (`low[c]`, `high[c]`), or (`low[c]`, 0).
+    pub fn stack(&self, low: &[half::bf16], high: Option<&[half::bf16]>, width: usize, step: usize, out: &mut [u32]) {
+        assert!(high.is_none_or(|high| high.len() == low.len()), "stack: rows differ");
+        assert!(stack_extent(self.lanes, low.len(), width, step) <= out.len(), "stack: blocks too short");
+        let second = high.map_or(std::ptr::null(), |high| high.as_ptr().cast());
+        // SAFETY: extents checked; `bf16` is a transparent `u16`; level as in `Table`.
+        unsafe { (self.stack)(low.as_ptr().cast(), second, low.len(), width, step, out.as_mut_ptr()) }
+    }
+
     /// Rounds a lane-major block to bfloat16 pairs of rows.
     pub fn interleave(&self, block: &[f32], rows: usize, width: usize, pairs: &mut [u32]) {
         assert!(
@@ -327,27 +385,48 @@ impl HalfTable {
 }
 
 /// Types that accumulators are rounded to.
-pub trait Round: Float {
+pub trait Round: Float + Kept {
     /// Rounds a row of accumulators (nearest even); rows of one length.
     fn round(from: &[Self::Acc], to: &mut [Self]);
+    /// Widens a row, exactly; rows of one length.
+    fn widen_row(from: &[Self], to: &mut [Self::Acc]);
+    /// A lane-major block, rounded, into rows: `rows[r][j] = block[j * width + r]` for `j < count`.
+    fn unpack(block: &[Self::Acc], count: usize, width: usize, rows: &mut [&mut [Self]]);
 }
 
-impl Round for f32 {
-    fn round(from: &[f32], to: &mut [f32]) {
-        to.copy_from_slice(from);
-    }
+macro_rules! itself {
+    ($t:ty) => {
+        impl Round for $t {
+            fn round(from: &[$t], to: &mut [$t]) {
+                to.copy_from_slice(from);
+            }
+            fn widen_row(from: &[$t], to: &mut [$t]) {
+                to.copy_from_slice(from);
+            }
+            fn unpack(block: &[$t], count: usize, width: usize, rows: &mut [&mut [$t]]) {
+                <$t>::table().unpack(block, count, width, rows);
+            }
+        }
+    };
 }
-
-impl Round for f64 {
-    fn round(from: &[f64], to: &mut [f64]) {
-        to.copy_from_slice(from);
-    }
-}
+itself!(f32);
+itself!(f64);
 
 impl Round for half::f16 {
     fn round(from: &[f32], to: &mut [half::f16]) {
         use half::slice::HalfFloatSliceExt;
         to.convert_from_f32_slice(from);
+    }
+    fn widen_row(from: &[half::f16], to: &mut [f32]) {
+        use half::slice::HalfFloatSliceExt;
+        from.convert_to_f32_slice(to);
+    }
+    fn unpack(block: &[f32], count: usize, width: usize, rows: &mut [&mut [half::f16]]) {
+        for (r, row) in rows.iter_mut().enumerate() {
+            for (j, element) in row[..count].iter_mut().enumerate() {
+                *element = half::f16::from_f32(block[j * width + r]);
+            }
+        }
     }
 }
 
@@ -355,10 +434,16 @@ impl Round for half::bf16 {
     fn round(from: &[f32], to: &mut [half::bf16]) {
         half_table().round(from, to);
     }
+    fn widen_row(from: &[half::bf16], to: &mut [f32]) {
+        half_table().widen_row(from, to);
+    }
+    fn unpack(block: &[f32], count: usize, width: usize, rows: &mut [&mut [half::bf16]]) {
+        half_table().unpack(block, count, width, rows);
+    }
 }
 
 /// Floating-point types that have kernels.
-pub trait Kernel: Real + Round + Kept {
+pub trait Kernel: Real + Round {
     /// The table of the level in use.
     fn table() -> &'static Table<Self>;
 }
@@ -401,7 +486,17 @@ macro_rules! table {
             $(#[$gate])*
             unsafe fn activation_entry(kind: Activation, gate: *mut $t, up: *const $t, count: usize) {
                 // SAFETY: as above.
-                unsafe { pointwise::activation::<V>(kind, gate, up, count) }
+                unsafe { activation::activation::<V>(kind, gate, up, count) }
+            }
+            $(#[$gate])*
+            unsafe fn gradient_entry(kind: Activation, gate: *mut $t, up: *mut $t, grad: *mut $t, scale: $t, count: usize) -> $t {
+                // SAFETY: as above.
+                unsafe { activation::gradient::<V>(kind, gate, up, grad, scale, count) }
+            }
+            $(#[$gate])*
+            unsafe fn stack_entry(row: *const $t, columns: usize, width: usize, step: usize, out: *mut $t) {
+                // SAFETY: as above.
+                unsafe { pack::stack::<V>(row, columns, width, step, out) }
             }
             $(#[$gate])*
             unsafe fn scale_rows_entry(block: *mut $t, rows: usize, width: usize, factor: *const $t) {
@@ -435,6 +530,8 @@ macro_rules! table {
                 pack: pack_entry,
                 unpack: unpack_entry,
                 activation: activation_entry,
+                gradient: gradient_entry,
+                stack: stack_entry,
                 scale_rows: scale_rows_entry,
                 add_scaled: add_scaled_entry,
             };
@@ -477,8 +574,26 @@ macro_rules! half_table {
                 // SAFETY: as above.
                 unsafe { pointwise::round::<V>(from, to, count) }
             }
+            $(#[$gate])*
+            unsafe fn widen_row_entry(from: *const u16, to: *mut f32, count: usize) {
+                // SAFETY: as above.
+                unsafe { pointwise::widen::<V>(from, to, count) }
+            }
+            $(#[$gate])*
+            unsafe fn unpack_entry(block: *const f32, count: usize, width: usize, rows: &[*mut u16]) {
+                // SAFETY: as above.
+                unsafe { pack::unpack_bf16::<V>(block, count, width, rows) }
+            }
+            $(#[$gate])*
+            unsafe fn stack_entry(low: *const u16, high: *const u16, columns: usize, width: usize, step: usize, out: *mut u32) {
+                // SAFETY: as above.
+                unsafe { pack::stack_pairs::<V>(low, high, columns, width, step, out) }
+            }
             pub static TABLE: HalfTable = HalfTable {
                 round: round_entry,
+                widen_row: widen_row_entry,
+                unpack: unpack_entry,
+                stack: stack_entry,
                 lanes: <V as Vector>::LANES,
                 registers: $registers,
                 tile: tile_entry,

@@ -175,6 +175,12 @@ pub(crate) unsafe trait Half: Vector<Elem = f32> {
     unsafe fn store_bf16(self, to: *mut u16);
     /// Rounds two registers to bfloat16 (nearest even, NaN kept) and stores them as `LANES` pairs.
     unsafe fn store_pairs(low: Self, high: Self, to: *mut u32);
+    /// `LANES` pairs from two rows of bfloat16. The default goes through single precision, which is exact.
+    #[inline(always)]
+    unsafe fn pair_up(low: *const u16, high: *const u16, to: *mut u32) {
+        // SAFETY: forwarded.
+        unsafe { Self::store_pairs(Self::load_bf16(low), Self::load_bf16(high), to) }
+    }
 }
 
 /// bfloat16 pairs multiplied as two single-precision products: for machines without a dot-product unit.

@@ -35,6 +35,9 @@ pub trait Arithmetic: Round + Float<Acc: Kernel> {
     fn seal(block: &[Self::Acc], rows: usize, width: usize, units: &mut [Self::Unit]);
     /// Up to [`PER_UNIT`](Self::PER_UNIT) rows stacked into one row of units: unit c holds element c of each row.
     fn stack(rows: Matrix<'_, Self>, units: &mut [Self::Unit]);
+    /// As [`stack`](Self::stack), cut into blocks of `width` columns (whole registers), `step` units apart:
+    /// `units[b * step + c]` is column `b * width + c`; the last block is filled with zeros up to whole registers.
+    fn stack_blocks(rows: Matrix<'_, Self>, width: usize, step: usize, units: &mut [Self::Unit]);
     /// Accumulators times lanes of source elements, if the kernel for it exists and B's rows are adjacent lanes.
     fn mixed(
         a: Matrix<'_, Self::Acc>,
@@ -104,6 +107,12 @@ macro_rules! plain {
             fn stack(rows: Matrix<'_, $t>, units: &mut [$t]) {
                 <Self as Arithmetic>::copy(rows, units);
             }
+            fn stack_blocks(rows: Matrix<'_, $t>, width: usize, step: usize, units: &mut [$t]) {
+                match rows.row(0) {
+                    Some(row) => <$t>::table().stack(row, width, step, units),
+                    None => by_block::<$t>(rows.cols(), width, step, units, |c| rows.at(0, c)),
+                }
+            }
             fn online(
                 scores: &mut [$t],
                 rows: usize,
@@ -161,6 +170,9 @@ impl Arithmetic for f16 {
     }
     fn stack(rows: Matrix<'_, f16>, units: &mut [f32]) {
         Self::copy(rows, units);
+    }
+    fn stack_blocks(rows: Matrix<'_, f16>, width: usize, step: usize, units: &mut [f32]) {
+        by_block::<f16>(rows.cols(), width, step, units, |c| rows.at(0, c).to_f32());
     }
     fn online(
         scores: &mut [f32],
@@ -235,6 +247,18 @@ impl Arithmetic for bf16 {
             *unit = u32::from(rows.at(0, c).to_bits()) | (u32::from(high.to_bits()) << 16);
         }
     }
+    fn stack_blocks(rows: Matrix<'_, bf16>, width: usize, step: usize, units: &mut [u32]) {
+        let high = if rows.rows() == 2 { rows.row(1) } else { None };
+        if let Some(low) = rows.row(0)
+            && (rows.rows() == 1 || high.is_some())
+        {
+            return half_table().stack(low, high, width, step, units);
+        }
+        by_block::<bf16>(rows.cols(), width, step, units, |c| {
+            let high = if rows.rows() == 2 { rows.at(1, c) } else { bf16::ZERO };
+            u32::from(rows.at(0, c).to_bits()) | (u32::from(high.to_bits()) << 16)
+        });
+    }
     fn online(
         scores: &mut [f32],
         rows: usize,
@@ -253,6 +277,24 @@ impl Arithmetic for bf16 {
             half_table().widen(a, b, c, c_row, accumulate);
         }
         b.col_stride() == 1
+    }
+}
+
+/// [`Arithmetic::stack_blocks`] unit by unit.
+fn by_block<S: Arithmetic>(
+    columns: usize,
+    width: usize,
+    step: usize,
+    units: &mut [S::Unit],
+    unit: impl Fn(usize) -> S::Unit,
+) {
+    for (block, first) in (0..columns).step_by(width).enumerate() {
+        let count = width.min(columns - first);
+        let padded = count.next_multiple_of(S::lanes());
+        let target = &mut units[block * step..block * step + padded];
+        for (c, slot) in target.iter_mut().enumerate() {
+            *slot = if c < count { unit(first + c) } else { S::Unit::default() };
+        }
     }
 }
 

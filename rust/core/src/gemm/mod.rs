@@ -161,7 +161,8 @@ fn panels<S: Arithmetic, O: Round<Acc = S::Acc>>(
                 let number = |r: usize| (row + r) * out.per_row() + columns.start / SEGMENT + segment;
                 let mut targets: Vec<&mut [O]> = (0..rows).map(|r| out.take(number(r))).collect();
                 for panel in (segment * per_segment..(segment + 1) * per_segment).take_while(|&panel| panel < count) {
-                    accumulate::<S>(left, &packed[panel * units * width..][..units * width], block, width);
+                    let right = Matrix::new(&packed[panel * units * width..], units, width, width);
+                    accumulate::<S>(left, right, block, width);
                     let at = panel * width - segment * SEGMENT;
                     for (target, line) in targets.iter_mut().zip(block.chunks(width)) {
                         let end = target.len().min(at + width);
@@ -175,20 +176,61 @@ fn panels<S: Arithmetic, O: Round<Acc = S::Acc>>(
 }
 
 /// `block = A * panel`, chunk by chunk along the reduction: the piece of the panel that all strips of A read stays in the
-/// first-level cache. Rows of `block` are `width` apart, as are those of the panel.
-pub(crate) fn accumulate<S: Arithmetic>(a: Matrix<'_, S::Unit>, panel: &[S::Unit], block: &mut [S::Acc], width: usize) {
+/// first-level cache. Rows of `block` are `block_row` apart.
+pub(crate) fn accumulate<S: Arithmetic>(
+    a: Matrix<'_, S::Unit>,
+    panel: Matrix<'_, S::Unit>,
+    block: &mut [S::Acc],
+    block_row: usize,
+) {
     let units = a.cols();
-    let chunk = (CHUNK_BYTES / (width * size_of::<S::Unit>())).max(16);
+    let chunk = chunk::<S>(panel.cols());
     let mut start = 0;
     loop {
         let end = units.min(start + chunk);
-        let piece = Matrix::new(&panel[start * width..], end - start, width, width);
-        S::tile(a.part(0..a.rows(), start..end), piece, block, width, start > 0);
+        let piece = panel.part(start..end, 0..panel.cols());
+        S::tile(a.part(0..a.rows(), start..end), piece, block, block_row, start > 0);
         start = end;
         if start >= units {
             break;
         }
     }
+}
+
+/// Lines of a block that [`pack::stacked`] makes for [`accumulate_across`].
+pub(crate) const ACROSS: usize = 16;
+
+/// As [`accumulate`], for an A whose lines the reduction runs across: `left` holds blocks of [`ACROSS`] lines as
+/// [`pack::stacked`] left them, of which `lines` count.
+pub(crate) fn accumulate_across<S: Arithmetic>(
+    left: &[S::Unit],
+    lines: usize,
+    panel: Matrix<'_, S::Unit>,
+    block: &mut [S::Acc],
+    block_row: usize,
+) {
+    let units = panel.rows();
+    let chunk = chunk::<S>(panel.cols());
+    let mut start = 0;
+    loop {
+        let end = units.min(start + chunk);
+        let piece = panel.part(start..end, 0..panel.cols());
+        for (number, first) in (0..lines).step_by(ACROSS).enumerate() {
+            let count = ACROSS.min(lines - first);
+            let part = Matrix::new(&left[(number * units + start) * ACROSS..], end - start, ACROSS, ACROSS);
+            let a = part.part(0..end - start, 0..count).transposed();
+            S::tile(a, piece, &mut block[first * block_row..], block_row, start > 0);
+        }
+        start = end;
+        if start >= units {
+            break;
+        }
+    }
+}
+
+/// Units of the reduction whose piece of a panel fits the first-level cache.
+fn chunk<S: Arithmetic>(width: usize) -> usize {
+    (CHUNK_BYTES / (width * size_of::<S::Unit>())).max(16)
 }
 
 /// Few rows of A against the lines of B^T, each read once.

@@ -38,6 +38,15 @@ impl<'a, S: Arithmetic> Lines<'a, S> {
         self.matrix.cols()
     }
 
+    /// Lines `first` and, where there is one, `first + 1`, as a matrix: what one unit of a reduction across lines holds.
+    pub fn step(&self, first: usize) -> Matrix<'a, S> {
+        let at = |i: usize| self.gather.map_or(i, |gather| gather[i]);
+        if S::PER_UNIT == 1 || first + 1 == self.len() {
+            return self.line(first);
+        }
+        self.matrix.pick(at(first), at(first + 1))
+    }
+
     /// Line `i`, as a matrix of one row.
     pub fn line(&self, i: usize) -> Matrix<'a, S> {
         let row = self.gather.map_or(i, |gather| gather[i]);
@@ -66,6 +75,40 @@ pub fn compact<S: Arithmetic>(
     for i in 0..count {
         S::copy(lines.line(first + i), &mut buffer[i * stride..i * stride + units]);
     }
+}
+
+/// Columns of lines that the reduction runs *across*, in blocks: block b holds unit k of columns
+/// `first + b * width ..` at `blocks[(b * units + k) * width ..]`. The last block is zero up to whole registers and
+/// unspecified beyond. Returns the units of the reduction. `scratch` is as in [`panel`].
+pub fn stacked<S: Arithmetic>(
+    lines: &Lines<'_, S>,
+    columns: std::ops::Range<usize>,
+    width: usize,
+    blocks: &mut Vec<S::Unit>,
+    scratch: &mut Vec<S::Unit>,
+) -> usize {
+    let units = S::units(lines.len());
+    let step = units * width;
+    let len = columns.len().div_ceil(width) * step;
+    if blocks.len() < len {
+        blocks.resize(len, S::Unit::default());
+    }
+    let matrix = lines.matrix;
+    if lines.gather.is_none() && matrix.row_stride() == 1 && matrix.col_stride() != 1 {
+        // A transposed matrix: its columns are what runs along the reduction in memory.
+        let across = Lines::all(matrix.transposed());
+        for (block, first) in columns.clone().step_by(width).enumerate() {
+            let count = width.min(columns.end - first);
+            panel(&across, first, count, width, scratch, &mut blocks[block * step..][..step]);
+        }
+        return units;
+    }
+    for k in 0..units {
+        let rows = lines.step(k * S::PER_UNIT);
+        let rows = rows.part(0..rows.rows(), columns.clone());
+        S::stack_blocks(rows, width, step, &mut blocks[k * width..len]);
+    }
+    units
 }
 
 /// Lines `first..first + count` as a panel of `width` lanes (missing lines are zero). `scratch` holds the compact

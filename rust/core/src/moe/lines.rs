@@ -1,7 +1,7 @@
 //! Experts with few rows: every weight is read once, so memory decides. Work is cut by segments of features (first
 //! product) and of outputs (second product), so that one hot expert keeps all cores busy, and so do many tiny ones.
 
-use super::layer::Layer;
+use super::problem::Layer;
 use crate::arch::Kernel;
 use crate::dtype::Real;
 use crate::gemm::arithmetic::Arithmetic;
@@ -35,6 +35,7 @@ pub fn first_product<S: Arithmetic>(
     expert: usize,
     segment: usize,
     scratch: &mut Scratch<S>,
+    pre: Option<&Rows<'_, S>>,
     hidden: &Rows<'_, S>,
 ) {
     let rows = layer.routing.of(expert);
@@ -65,6 +66,14 @@ pub fn first_product<S: Arithmetic>(
     half(&gates, gate);
     if !ups.is_empty() {
         half(&ups, up);
+    }
+    if let Some(pre) = pre {
+        for (half, block) in [&*gate, &*up].into_iter().enumerate().take(layer.halves()) {
+            for (line, row) in block.chunks(padded).zip(rows.clone()) {
+                let target = pre.take((row * layer.halves() + half) * pre.per_row() + segment);
+                S::round(&line[..target.len()], target);
+            }
+        }
     }
     S::Acc::table().activation(layer.weights.activation, gate, (!ups.is_empty()).then_some(&up[..]));
     for (line, row) in gate.chunks(padded).zip(rows) {

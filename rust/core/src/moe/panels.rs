@@ -11,7 +11,7 @@
 //! both products, so the activation's output *is* the second product's panel: no transposition, no store to memory in
 //! between; (3) weights are streamed once per block of up to [`ROWS`] tokens.
 
-use super::layer::Layer;
+use super::problem::Layer;
 use super::lines;
 use crate::arch::Kernel;
 use crate::dtype::Real;
@@ -23,8 +23,8 @@ use std::ops::Range;
 
 /// Tokens in a task.
 pub const ROWS: usize = 288;
-/// Features or outputs whose weights are copied at a time.
-const FEATURES: usize = 96;
+/// Features or outputs whose weights are copied at a time, and features in a segment of the pre-activation.
+const FEATURES: usize = lines::SEGMENT;
 
 /// Buffers of one thread.
 pub struct Scratch<S: Arithmetic> {
@@ -63,6 +63,7 @@ pub fn run<S: Arithmetic>(
     expert: usize,
     rows: Range<usize>,
     scratch: &mut Scratch<S>,
+    pre: Option<&Rows<'_, S>>,
     sums: &Rows<'_, S::Acc>,
 ) {
     let panels = panels::<S>(&rows);
@@ -87,13 +88,20 @@ pub fn run<S: Arithmetic>(
         let all: Vec<usize> = gates.iter().chain(&ups).copied().collect();
         pack::compact(&Lines::gathered(matrix, &all), 0, all.len(), stride, weights);
         let copied = Matrix::new(weights, all.len(), depth, stride);
-        for (p, &(_, _, width)) in panels.iter().enumerate() {
-            let panel = &tokens[p * full * depth..][..depth * width];
+        for (p, &(row, tokens_in, width)) in panels.iter().enumerate() {
+            let panel = Matrix::new(&tokens[p * full * depth..][..depth * width], depth, width, width);
             accumulate::<S>(copied.part(0..count, 0..depth), panel, gate, width);
             add_bias(gate, &gates, width, |row| layer.gate_up_bias::<S>(expert, row));
             if !ups.is_empty() {
                 accumulate::<S>(copied.part(count..2 * count, 0..depth), panel, up, width);
                 add_bias(up, &ups, width, |row| layer.gate_up_bias::<S>(expert, row));
+            }
+            if let Some(pre) = pre {
+                for (half, block) in [&*gate, &*up].into_iter().enumerate().take(layer.halves()) {
+                    let number = |r: usize| ((row + r) * layer.halves() + half) * pre.per_row() + first / FEATURES;
+                    let mut parts: Vec<&mut [S]> = (0..tokens_in).map(|r| pre.take(number(r))).collect();
+                    S::unpack(block, count, width, &mut parts);
+                }
             }
             let block = count * width;
             table.activation(layer.weights.activation, &mut gate[..block], (!ups.is_empty()).then_some(&up[..block]));
@@ -111,7 +119,8 @@ pub fn run<S: Arithmetic>(
             pack::compact(&Lines::all(matrix), first + start, count, stride, weights);
             let copied = Matrix::new(weights, count, hidden, stride);
             for (p, &(row, tokens, width)) in panels.iter().enumerate() {
-                accumulate::<S>(copied, &active[p * full * hidden..][..hidden * width], gate, width);
+                let panel = Matrix::new(&active[p * full * hidden..][..hidden * width], hidden, width, width);
+                accumulate::<S>(copied, panel, gate, width);
                 let outputs: Vec<usize> = (first + start..first + start + count).collect();
                 add_bias(gate, &outputs, width, |output| layer.down_bias::<S>(expert, output));
                 let place = row - rows.start;

@@ -4,9 +4,11 @@
 //! * [`tile`]: one operand broadcast, the other by lanes, accumulators in registers (matrix product);
 //! * [`rows`]: both operands along the reduction (matrix times few rows, bound by memory);
 //! * [`softmax`]: one block of the online softmax over a score tile;
-//! * [`pack`]: transposition into panels and back;
-//! * [`pointwise`]: gated activations and small row operations.
+//! * [`pack`]: transposition into panels and back, rows stacked into units;
+//! * [`activation`]: the function between an expert's two products, and its derivative;
+//! * [`pointwise`]: small row operations.
 
+pub(super) mod activation;
 pub(super) mod pack;
 pub(super) mod pointwise;
 pub(super) mod rows;

@@ -1,133 +1,7 @@
-//! Lane-wise functions: gated activations, scaling, conversions.
+//! Lane-wise functions: scaling, sums, conversions.
 
 use crate::arch::vector::{Half, Vector};
 use crate::dtype::Real;
-
-/// The activation between an expert's two products. `gate` and `up` are the two halves of the first product; the
-/// plain ones take `gate` alone.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Activation {
-    /// `silu(gate) * up`
-    Swiglu,
-    /// `gelu(gate) * up`, exact (erf)
-    Geglu,
-    /// `gelu(gate) * up`, tanh approximation
-    GegluTanh,
-    /// `relu(gate) * up`
-    Reglu,
-    /// MiniMax-M3 and gpt-oss: `(clamp(up, -limit, limit) + 1) * g * sigmoid(alpha * g)`, `g = min(gate, limit)`
-    SwigluClamped {
-        /// Gain inside the sigmoid.
-        alpha: f64,
-        /// Bound of both halves.
-        limit: f64,
-    },
-    /// `silu(x)`
-    Silu,
-    /// `gelu(x)`, exact (erf)
-    Gelu,
-    /// `gelu(x)`, tanh approximation
-    GeluTanh,
-    /// `max(x, 0)`
-    Relu,
-    /// `max(x, 0)^2`
-    Relu2,
-}
-
-impl Activation {
-    /// Whether the first product has two halves.
-    pub fn gated(self) -> bool {
-        use Activation::{Geglu, GegluTanh, Reglu, Swiglu, SwigluClamped};
-        matches!(self, Swiglu | Geglu | GegluTanh | Reglu | SwigluClamped { .. })
-    }
-}
-
-#[inline(always)]
-unsafe fn sigmoid<V: Vector>(x: V) -> V {
-    // SAFETY: lane arithmetic. 2^(-x log2 e) may be inf: then 1 / inf = 0, the limit.
-    unsafe {
-        let one = V::splat(V::Elem::ONE);
-        one.div(one.add(x.mul(V::splat(V::Elem::of(-std::f64::consts::LOG2_E))).exp2()))
-    }
-}
-
-#[inline(always)]
-unsafe fn by_lane<V: Vector>(x: V, f: impl Fn(f64) -> f64) -> V {
-    let mut lanes = [V::Elem::ZERO; 16];
-    // SAFETY: LANES is at most 16.
-    unsafe {
-        x.store(lanes.as_mut_ptr());
-        for lane in lanes.iter_mut().take(V::LANES) {
-            *lane = V::Elem::of(f(lane.f64()));
-        }
-        V::load(lanes.as_ptr())
-    }
-}
-
-#[inline(always)]
-unsafe fn relu<V: Vector>(x: V) -> V {
-    // SAFETY: lane arithmetic; `max` lets a NaN in its second operand through.
-    unsafe { V::splat(V::Elem::ZERO).max(x) }
-}
-
-#[inline(always)]
-unsafe fn gelu_tanh<V: Vector>(x: V) -> V {
-    // 0.5 (1 + tanh(y)) = sigmoid(2 y), y = sqrt(2/pi) (x + 0.044715 x^3)
-    // SAFETY: lane arithmetic.
-    unsafe {
-        let cubed = x.mul(x).mul(x);
-        let y = cubed.mul_add(V::splat(V::Elem::of(0.044_715)), x);
-        x.mul(sigmoid(y.mul(V::splat(V::Elem::of(2.0 * (2.0 / std::f64::consts::PI).sqrt())))))
-    }
-}
-
-#[inline(always)]
-unsafe fn gelu<V: Vector>(x: V) -> V {
-    // The error function has no short polynomial of full accuracy: lane by lane through libm.
-    // SAFETY: lane arithmetic.
-    unsafe { by_lane(x, |x| 0.5 * x * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2))) }
-}
-
-#[inline(always)]
-unsafe fn activate<V: Vector>(kind: Activation, gate: V, up: V) -> V {
-    // SAFETY: lane arithmetic.
-    unsafe {
-        let c = |value: f64| V::splat(V::Elem::of(value));
-        match kind {
-            Activation::Swiglu => gate.mul(sigmoid(gate)).mul(up),
-            Activation::Geglu => gelu(gate).mul(up),
-            Activation::GegluTanh => gelu_tanh(gate).mul(up),
-            Activation::Reglu => relu(gate).mul(up),
-            Activation::SwigluClamped { alpha, limit } => {
-                let gate = c(limit).min(gate);
-                let up = c(limit).min(c(-limit).max(up));
-                up.add(c(1.0)).mul(gate.mul(sigmoid(gate.mul(c(alpha)))))
-            }
-            Activation::Silu => gate.mul(sigmoid(gate)),
-            Activation::Gelu => gelu(gate),
-            Activation::GeluTanh => gelu_tanh(gate),
-            Activation::Relu => relu(gate),
-            Activation::Relu2 => {
-                let x = relu(gate);
-                x.mul(x)
-            }
-        }
-    }
-}
-
-/// `gate[i] = act(gate[i], up[i])`, in place.
-///
-/// # Safety
-/// Both pointers hold `count` elements, a multiple of the lanes (`up` may equal `gate` for plain activations).
-#[inline(always)]
-pub(crate) unsafe fn activation<V: Vector>(kind: Activation, gate: *mut V::Elem, up: *const V::Elem, count: usize) {
-    let mut i = 0;
-    while i < count {
-        // SAFETY: i + LANES <= count.
-        unsafe { activate(kind, V::load(gate.add(i)), V::load(up.add(i))).store(gate.add(i)) };
-        i += V::LANES;
-    }
-}
 
 /// Rows 2i and 2i + 1 of a lane-major block become row i of bfloat16 pairs; an odd last row is paired with zeros.
 ///
@@ -171,6 +45,29 @@ pub(crate) unsafe fn round<V: Half>(from: *const f32, to: *mut u16, count: usize
             std::ptr::copy_nonoverlapping(from.add(whole), lanes.as_mut_ptr(), count - whole);
             V::load(lanes.as_ptr()).store_bf16(rounded.as_mut_ptr());
             std::ptr::copy_nonoverlapping(rounded.as_ptr(), to.add(whole), count - whole);
+        }
+    }
+}
+
+/// Widens `count` bfloat16 elements.
+///
+/// # Safety
+/// Both pointers hold `count` elements.
+#[inline(always)]
+pub(crate) unsafe fn widen<V: Half>(from: *const u16, to: *mut f32, count: usize) {
+    // SAFETY: inside both rows; the ragged end goes through buffers of one register.
+    unsafe {
+        let whole = count / V::LANES * V::LANES;
+        let mut i = 0;
+        while i < whole {
+            V::load_bf16(from.add(i)).store(to.add(i));
+            i += V::LANES;
+        }
+        if whole < count {
+            let (mut lanes, mut wide) = ([0u16; 16], [0f32; 16]);
+            std::ptr::copy_nonoverlapping(from.add(whole), lanes.as_mut_ptr(), count - whole);
+            V::load_bf16(lanes.as_ptr()).store(wide.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(wide.as_ptr(), to.add(whole), count - whole);
         }
     }
 }

@@ -1,0 +1,196 @@
+//! Gradients of the weights: for each expert, products over its rows, `dW_out = dO^T (s A)` and `dW_in = dH^T X`.
+//!
+//! ```text
+//! for each expert, each block of lines of the result:
+//!     stack the left operand's columns (rows gathered), 16 lines a block
+//!     for each panel of columns of the result:
+//!         stack the right operand's columns (rows gathered)
+//!         C = left^T right                            one pass over the expert's rows, rounded once
+//! ```
+//! Departures: (1) the gather is the packing: neither X nor dO is ever copied row by row; (2) the result is cut into
+//! tasks, never the rows, so nothing is reduced across threads; (3) experts without rows get zeros here, since their
+//! memory is not initialised.
+
+use super::backward::Stage;
+use crate::arch::Kernel;
+use crate::dtype::Real;
+use crate::error::Result;
+use crate::gemm::arithmetic::Arithmetic;
+use crate::gemm::pack::{self, Lines};
+use crate::gemm::{ACROSS, accumulate_across};
+use crate::threads;
+use crate::view::{ArrayMut, Matrix, Rows};
+use std::ops::Range;
+
+/// Columns of the result in a segment.
+const GROUP: usize = 384;
+/// Most lines of the result in a task.
+const LINES: usize = 576;
+/// Size of the stacked left operand.
+const LEFT_BYTES: usize = 768 << 10;
+
+/// Buffers of one thread.
+struct Scratch<S: Arithmetic> {
+    left: Vec<S::Unit>,
+    right: Vec<S::Unit>,
+    line: Vec<S::Unit>,
+    block: Vec<S::Acc>,
+}
+
+/// One product: `out[number(i), j] = sum over rows r of left[r, i] * right[r, j]` for lines i.
+struct Product<'a, S: Arithmetic> {
+    left: Lines<'a, S>,
+    right: Lines<'a, S>,
+    lines: Range<usize>,
+    columns: Range<usize>,
+}
+
+impl<S: Arithmetic> Product<'_, S> {
+    fn run(&self, out: &Rows<'_, S>, number: impl Fn(usize) -> usize, scratch: &mut Scratch<S>) {
+        let Scratch { left, right, line, block } = scratch;
+        let lines = self.lines.len();
+        let mut targets: Vec<&mut [S]> = Vec::with_capacity(lines);
+        let full = S::panel();
+        if !self.left.is_empty() {
+            pack::stacked(&self.left, self.lines.clone(), ACROSS, left, line);
+            if block.len() < lines * full {
+                block.resize(lines * full, S::Acc::ZERO);
+            }
+        }
+        for start in self.columns.clone().step_by(GROUP) {
+            let end = self.columns.end.min(start + GROUP);
+            targets.clear();
+            targets.extend(self.lines.clone().map(|i| out.take(number(i) * out.per_row() + start / GROUP)));
+            if self.left.is_empty() {
+                targets.iter_mut().for_each(|target| target.fill(S::narrow(S::Acc::ZERO)));
+                continue;
+            }
+            for first in (start..end).step_by(full) {
+                let count = full.min(end - first);
+                let width = count.next_multiple_of(S::lanes());
+                let units = pack::stacked(&self.right, first..first + count, full, right, line);
+                let panel = Matrix::new(right, units, width, full);
+                accumulate_across::<S>(left, lines, panel, block, full);
+                for (target, sums) in targets.iter_mut().zip(block.chunks(full)) {
+                    S::round(&sums[..count], &mut target[first - start..first - start + count]);
+                }
+            }
+        }
+    }
+}
+
+/// Gradients of both weights; those without an output are left out.
+pub(super) fn weights<S: Arithmetic>(
+    stage: &Stage<'_, S>,
+    slopes: Matrix<'_, S>,
+    active: Matrix<'_, S>,
+    gate_up: Option<ArrayMut<'_>>,
+    down: Option<ArrayMut<'_>>,
+) -> Result<()> {
+    let layer = stage.layer;
+    let (d, n, halves) = (layer.width, layer.hidden, layer.halves());
+    let gate_up = gate_up.map(|array| array.segments::<S>(GROUP));
+    let down = down.map(|array| array.segments::<S>(GROUP));
+    let x = layer.x.matrix::<S>(&[]);
+    let mut tasks = Vec::new();
+    for expert in 0..layer.experts() {
+        if gate_up.is_some() && d > 0 {
+            cut::<S>(layer.routing.of(expert).len(), halves * n, d, |lines, columns| {
+                tasks.push((expert, true, lines, columns));
+            });
+        }
+        if down.is_some() && n > 0 {
+            cut::<S>(layer.routing.of(expert).len(), d, n, |lines, columns| {
+                tasks.push((expert, false, lines, columns));
+            });
+        }
+    }
+    let size = |(expert, _, lines, columns): &(usize, bool, Range<usize>, Range<usize>)| {
+        (layer.routing.of(*expert).len() + 8) * lines.len() * columns.len()
+    };
+    tasks.sort_by_key(|task| std::cmp::Reverse(size(task)));
+    let scratch =
+        || Scratch::<S> { left: Vec::new(), right: Vec::new(), line: Vec::new(), block: Vec::new() };
+    threads::for_each(tasks.len(), stage.serial, scratch, |task, scratch| {
+        let (expert, first, lines, columns) = tasks[task].clone();
+        let rows = layer.routing.of(expert);
+        let tokens = &layer.routing.tokens[rows.clone()];
+        if let (true, Some(out)) = (first, &gate_up) {
+            let left = Lines::all(slopes.part(rows, 0..halves * n));
+            let number = |i: usize| expert * halves * n + layer.feature_row(i / n, i % n);
+            Product { left, right: Lines::gathered(x, tokens), lines, columns }.run(out, number, scratch);
+        } else if let Some(out) = &down {
+            let right = Lines::all(active.part(rows, 0..n));
+            let left = Lines::gathered(stage.grad, tokens);
+            Product { left, right, lines, columns }.run(out, |i| expert * d + i, scratch);
+        }
+    })
+}
+
+/// Cuts a result of `lines` x `columns` over `rows` rows into tasks whose left operand fits the second-level cache.
+fn cut<S: Arithmetic>(rows: usize, lines: usize, columns: usize, mut task: impl FnMut(Range<usize>, Range<usize>)) {
+    let fitting = LEFT_BYTES / (size_of::<S::Unit>() * S::units(rows).max(1)) / ACROSS * ACROSS;
+    let most = fitting.clamp(4 * ACROSS, LINES);
+    let blocks = lines.div_ceil(most).max(1);
+    let each = lines.div_ceil(blocks).next_multiple_of(ACROSS);
+    // Enough tasks for one hot expert, few enough that the left operand is not stacked again and again.
+    let parts = columns.div_ceil(GROUP).div_ceil(4).max(1);
+    let wide = columns.div_ceil(parts).next_multiple_of(GROUP);
+    for first in (0..lines).step_by(each) {
+        for start in (0..columns).step_by(wide) {
+            task(first..lines.min(first + each), start..columns.min(start + wide));
+        }
+    }
+}
+
+/// Gradients of both biases: sums over an expert's rows in ascending order.
+pub(super) fn biases<S: Arithmetic>(
+    stage: &Stage<'_, S>,
+    slopes: Matrix<'_, S>,
+    gate_up: Option<ArrayMut<'_>>,
+    down: Option<ArrayMut<'_>>,
+) -> Result<()> {
+    let layer = stage.layer;
+    let features = layer.halves() * layer.hidden;
+    let gate_up = gate_up.map(|array| array.rows::<S>());
+    let down = down.map(|array| array.rows::<S>());
+    let scratch = || (vec![S::Acc::ZERO; features.max(layer.width)], vec![S::Acc::ZERO; features.max(layer.width)]);
+    threads::for_each(layer.experts(), stage.serial, scratch, |expert, (sum, line)| {
+        if let Some(out) = &gate_up {
+            total(layer.routing.of(expert), |row| (slopes.part(row..row + 1, 0..features), S::Acc::ONE), sum, line);
+            // Both layouts hold one bias a row of the weight.
+            let target = out.take(expert);
+            for (i, &value) in sum[..features].iter().enumerate() {
+                target[layer.feature_row(i / layer.hidden, i % layer.hidden)] = S::narrow(value);
+            }
+        }
+        if let Some(out) = &down {
+            let scaled = |row: usize| {
+                let token = layer.routing.tokens[row];
+                let score = stage.scores[layer.routing.pairs[row]];
+                (stage.grad.part(token..token + 1, 0..layer.width), score)
+            };
+            total(layer.routing.of(expert), scaled, sum, line);
+            S::round(&sum[..layer.width], out.take(expert));
+        }
+    })
+}
+
+/// `sum = sum over rows of factor * row`.
+fn total<'a, S: Arithmetic>(
+    rows: Range<usize>,
+    of: impl Fn(usize) -> (Matrix<'a, S>, S::Acc),
+    sum: &mut [S::Acc],
+    line: &mut [S::Acc],
+) {
+    sum.fill(S::Acc::ZERO);
+    for row in rows {
+        let (values, factor) = of(row);
+        let line = &mut line[..values.cols()];
+        match values.row(0) {
+            Some(row) => S::widen_row(row, line),
+            None => (0..values.cols()).for_each(|c| line[c] = values.at(0, c).widen()),
+        }
+        S::Acc::table().add_scaled(&mut sum[..line.len()], line, factor);
+    }
+}
