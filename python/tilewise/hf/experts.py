@@ -186,22 +186,19 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     rounding = getattr(module, ROUNDING, None)
     if rounding is not None and (rounded := rounding.take(top_k_index)) is not None:
         top_k_index, top_k_weights, token_ids = rounded
-    # The weights decide the type, or autocast does: as for a linear layer, under which it narrows both.
-    kind = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else first.dtype
-    if first.dtype == torch.float64:
-        dtype = torch.float64
+    # The weights decide the type; under autocast `experts` itself casts all of them, as a linear layer does.
+    x = hidden_states if torch.is_autocast_enabled(hidden_states.device.type) else hidden_states.to(first.dtype)
     output = twt.moe.experts(
-        hidden_states.to(dtype),
+        x,
         top_k_index,
-        top_k_weights.to(torch.float64 if dtype == torch.float64 else torch.float32),
-        first.to(dtype),
-        second.to(dtype),
+        top_k_weights.to(torch.float64 if first.dtype == torch.float64 else torch.float32),
+        first,
+        second,
         token_ids=token_ids,
         activation=how.activation,
         layout=how.layout,
-        gate_up_bias=None if first_bias is None else first_bias.to(dtype),
-        down_bias=None if second_bias is None else second_bias.to(dtype),
+        gate_up_bias=first_bias,
+        down_bias=second_bias,
         alpha=how.alpha,
         limit=how.limit,
     )
