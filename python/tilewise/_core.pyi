@@ -20,7 +20,10 @@ __all__ = [
     "matmul",
     "num_threads",
     "philox4x32",
+    "round_tokens",
+    "round_tokens_backward",
     "route",
+    "route_backward",
     "set_num_threads",
     "speculation_law",
     "speculation_process",
@@ -30,7 +33,7 @@ __all__ = [
     "uniform",
 ]
 
-_Purpose = Literal["draft", "accept", "residual", "target", "other"]
+_Purpose = Literal["draft", "accept", "residual", "target", "other", "round"]
 
 @type_check_only
 class _Array(Protocol):
@@ -91,6 +94,46 @@ def route(
     bias: Sequence[float] | None,
     renormalise: bool,
     scale: float,
+    groups: int,
+    top_groups: int,
+) -> None: ...
+def route_backward(
+    logits: _Array,
+    ids: _Array,
+    grad: _Array,
+    out: _Array,
+    *,
+    scoring: str,
+    renormalise: bool,
+    scale: float,
+) -> None: ...
+@final
+class Rounding:
+    def __len__(self) -> int: ...
+    def write(self, expert_ids: _Array, token_ids: _Array, slots: _Array, weights: _Array) -> None: ...
+
+def round_tokens(
+    scores: _Array,
+    expert_ids: _Array,
+    weights: _Array | None,
+    *,
+    tile: int,
+    rule: str,
+    seed: int,
+    step: int,
+    renormalise: bool,
+) -> Rounding: ...
+def round_tokens_backward(
+    grad: _Array,
+    scores: _Array,
+    weights: _Array | None,
+    expert_ids: _Array,
+    token_ids: _Array,
+    slots: _Array,
+    score_grad: _Array,
+    weight_grad: _Array | None,
+    *,
+    renormalise: bool,
 ) -> None: ...
 def experts(
     arrays: Sequence[_Array | None],

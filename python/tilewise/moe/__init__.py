@@ -1,6 +1,7 @@
 """Mixture of experts.
 
-* :mod:`tilewise.moe.routers`: logits to expert ids and weights;
+* :mod:`tilewise.moe.routers`: logits to expert ids and weights, and the loss that balances the load;
+* :mod:`tilewise.moe.rounding`: token rounding, and :class:`Routing`, a routing as pairs;
 * :mod:`tilewise.moe.layer`: the expert layer, forward and backward.
 """
 
@@ -15,16 +16,21 @@ from tilewise.moe.layer import (
     experts_backward,
     experts_forward,
 )
-from tilewise.moe.routers import Scoring, route
+from tilewise.moe.rounding import Routing, Rule, round_tokens
+from tilewise.moe.routers import Scoring, load_balance_loss, route
 
 __all__ = [
     "ACTIVATIONS",
     "Activation",
     "ExpertGradients",
     "Layout",
+    "Routing",
+    "Rule",
     "Scoring",
     "experts",
     "experts_backward",
     "experts_forward",
+    "load_balance_loss",
+    "round_tokens",
     "route",
 ]

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from tilewise.errors import DeviceError, DtypeError
+from tilewise.errors import DeviceError, DtypeError, UnsupportedError
 
-__all__ = ["define", "refuse_device"]
+__all__ = ["define", "differentiate", "refuse_device"]
 
 _LIBRARY = torch.library.Library("tilewise", "FRAGMENT")
 
@@ -24,6 +24,19 @@ def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..
     _LIBRARY.impl(name, kernel, "CPU")
     torch.library.register_fake(f"tilewise::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.tilewise, name).default
+
+
+def differentiate(name: str, setup: Callable[..., None], backward: Callable[..., Any], *, operator: str) -> None:
+    """Gives ``tilewise::<name>`` a gradient, computed by ``tilewise::<operator>``, which itself has none.
+
+    Differentiating twice raises :class:`~tilewise.errors.UnsupportedError` when the second gradient is asked for.
+    """
+
+    def refuse(_: Any, *__: Any) -> Any:
+        raise UnsupportedError(f"{name}: its gradient cannot be differentiated again (double backward)")
+
+    torch.library.register_autograd(f"tilewise::{name}", backward, setup_context=setup, lib=_LIBRARY)
+    torch.library.register_autograd(f"tilewise::{operator}", refuse, lib=_LIBRARY)
 
 
 def refuse_device(**tensors: torch.Tensor | None) -> None:

@@ -1,7 +1,7 @@
 //! The pure-Rust core of tilewise: no Python, no framework, no I/O.
 //!
 //! Floor (everything leans on it): [`error`], [`dtype`], [`view`], [`threads`], [`rng`],
-//! [`scratch`], [`arch`]. Beside it: [`source`], the device
+//! [`scratch`], `exponential` (e^x with the same bits everywhere), [`arch`]. Beside it: [`source`], the device
 //! sources as text.
 //!
 //! Rooms, each one concept under the name it has on every floor:
@@ -17,6 +17,7 @@
 pub mod arch;
 pub mod dtype;
 pub mod error;
+mod exponential;
 pub mod rng;
 pub mod scratch;
 pub mod source;

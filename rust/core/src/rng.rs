@@ -31,6 +31,8 @@ pub enum Purpose {
     Target = 3,
     /// Anything a test or a user-level feature draws.
     Other = 4,
+    /// Whether token rounding gives an expert the upper multiple of the tile (request: the expert, position: the step).
+    Round = 5,
 }
 
 /// A uniform number in [0, 1) with 53 random bits.

@@ -14,8 +14,9 @@ fn purpose_named(py: Python<'_>, name: &str) -> PyResult<Purpose> {
         "residual" => Ok(Purpose::Residual),
         "target" => Ok(Purpose::Target),
         "other" => Ok(Purpose::Other),
+        "round" => Ok(Purpose::Round),
         other => {
-            let allowed = "'draft', 'accept', 'residual', 'target' or 'other'";
+            let allowed = "'draft', 'accept', 'residual', 'target', 'other' or 'round'";
             Err(to_python(py, &Error::value("purpose", allowed, format!("'{other}'"))))
         }
     }

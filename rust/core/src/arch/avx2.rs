@@ -52,6 +52,10 @@ macro_rules! avx2 {
                 unsafe { $mask($cmp::<_CMP_GT_OQ>(self.0, other.0)) != 0 }
             }
             #[inline(always)]
+            unsafe fn at_least(self, other: Self) -> u32 {
+                unsafe { $mask($cmp::<_CMP_GE_OQ>(self.0, other.0)) as u32 }
+            }
+            #[inline(always)]
             unsafe fn sum(self) -> $t {
                 let mut lanes = [0.0; $n];
                 unsafe { self.store(lanes.as_mut_ptr()) };

@@ -52,6 +52,10 @@ macro_rules! avx512 {
                 unsafe { $cmp::<_CMP_GT_OQ>(self.0, other.0) != 0 }
             }
             #[inline(always)]
+            unsafe fn at_least(self, other: Self) -> u32 {
+                unsafe { u32::from($cmp::<_CMP_GE_OQ>(self.0, other.0)) }
+            }
+            #[inline(always)]
             unsafe fn exp2_integer_times(self, factor: Self) -> Self { unsafe { Self($scalef(factor.0, self.0)) } }
             #[inline(always)]
             unsafe fn sum(self) -> $t { unsafe { $sum(self.0) } }

@@ -35,6 +35,17 @@ pub(crate) unsafe trait Vector: Copy {
     unsafe fn where_greater(self, other: Self, a: Self, b: Self) -> Self;
     /// Whether any lane of `self` is greater than `other`'s.
     unsafe fn any_greater(self, other: Self) -> bool;
+    /// One bit a lane, lane 0 lowest: `self >= other`, false where either is NaN. The default goes through memory.
+    #[inline(always)]
+    unsafe fn at_least(self, other: Self) -> u32 {
+        let (mut own, mut others) = ([Self::Elem::ZERO; 16], [Self::Elem::ZERO; 16]);
+        // SAFETY: LANES is at most 16.
+        unsafe {
+            self.store(own.as_mut_ptr());
+            other.store(others.as_mut_ptr());
+        }
+        (0..Self::LANES).fold(0, |bits, lane| bits | u32::from(own[lane] >= others[lane]) << lane)
+    }
     /// `2^n` for integral lanes: exact, 0 below -126 - 23 (or -127 where subnormals are not built), inf from 128 on.
     unsafe fn exp2_integer_times(self, factor: Self) -> Self;
     /// Sum of the lanes, in a fixed order.

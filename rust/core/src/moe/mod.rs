@@ -1,6 +1,8 @@
 //! Mixture of experts.
 //!
-//! * [`route`]: routers: logits to (expert ids, weights);
+//! * [`route`]: routers: logits to (expert ids, weights); [`route_backward`]: their gradients;
+//! * `largest`: exact top-k; `score`: rows of scores of any floating type;
+//! * [`rounding`]: token rounding; [`rounding_rules`]: how many tokens an expert gets; [`rounding_backward`];
 //! * [`routing`]: [`Routing`](routing::Routing), the one form in which every other part sees a routing;
 //! * [`problem`]: the expert layer's arguments, checked;
 //! * [`forward`]: the layer; `panels` for experts with many rows, `lines` for those with few;
@@ -10,12 +12,18 @@
 mod aggregate;
 pub mod backward;
 pub mod forward;
+mod largest;
 mod lines;
 mod outer;
 mod panels;
 pub mod problem;
+pub mod rounding;
+pub mod rounding_backward;
+pub mod rounding_rules;
 pub mod route;
+pub mod route_backward;
 pub mod routing;
 mod slopes;
+mod score;
 #[cfg(test)]
 mod tests;

@@ -1,13 +1,16 @@
 //! Routers: which experts a token goes to, and with what weight.
 //!
 //! Selection is exact (no truncated mantissas), ties go to the lower expert, NaN is refused by name. Scores are computed
-//! in double precision and rounded once.
+//! in double precision and rounded once, with the same bits on every level.
 
-use crate::dtype::{Dtype, Float, Real};
+use super::largest::Largest;
+use super::score::{Score, with_score};
+use crate::arch::ranking::{Ranked, sigmoid};
+use crate::dtype::{Dtype, Real};
 use crate::error::{Error, Result};
+use crate::exponential::exponential;
 use crate::threads;
-use crate::view::{Array, ArrayMut, Matrix};
-use half::{bf16, f16};
+use crate::view::{Array, ArrayMut};
 use std::sync::Mutex;
 
 /// How logits become scores.
@@ -19,8 +22,17 @@ pub enum Scoring {
     Softmax,
     /// As `Softmax`, the K scores divided by their sum (mathematically `SoftmaxTopk`).
     SoftmaxRenormalised,
-    /// A sigmoid per expert; the bias takes part in the selection alone.
+    /// A sigmoid per expert; bias and groups take part in the selection alone.
     Sigmoid,
+}
+
+/// Selection limited to groups of neighbouring experts (DeepSeek-V3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Groups {
+    /// Number of groups; divides the number of experts.
+    pub count: usize,
+    /// Groups that a token may choose from: those whose two largest choice scores have the largest sum.
+    pub kept: usize,
 }
 
 /// A router.
@@ -36,106 +48,258 @@ pub struct Router<'a> {
     pub renormalise: bool,
     /// Factor on the weights.
     pub scale: f64,
+    /// Limits a sigmoid's choice; one kept group of one is no limit.
+    pub groups: Groups,
 }
 
-/// Chooses `top_k` experts for every row of `logits` [tokens, experts]. `ids` (int32) and `weights` (float32) are
-/// [tokens, top_k], by descending score.
+impl Router<'_> {
+    /// What the weights are relative to.
+    pub(super) fn over(&self) -> Over {
+        match (self.scoring, self.renormalise) {
+            (Scoring::Softmax, false) => Over::AllSoftmax,
+            (Scoring::Sigmoid, false) => Over::NothingSigmoid,
+            (Scoring::Sigmoid, true) => Over::ChosenSigmoid,
+            _ => Over::ChosenSoftmax,
+        }
+    }
+
+    fn check(&self, experts: usize) -> Result<()> {
+        if !(1..=experts).contains(&self.top_k) {
+            return Err(Error::value("top_k", format!("1..={experts} (the number of experts)"), self.top_k));
+        }
+        let Groups { count, kept } = self.groups;
+        if !(1..=experts).contains(&count) || !experts.is_multiple_of(count) {
+            return Err(Error::value("groups", format!("a divisor of {experts} (the number of experts)"), count));
+        }
+        if !(1..=count).contains(&kept) {
+            return Err(Error::value("top_groups", format!("1..={count} (the number of groups)"), kept));
+        }
+        let open = kept * (experts / count);
+        if self.top_k > open {
+            let allowed = format!("1..={open}, the experts of {kept} groups of {}", experts / count);
+            return Err(Error::value("top_k", allowed, self.top_k).hint("keep more groups"));
+        }
+        if let Some(bias) = self.bias {
+            if bias.len() != experts {
+                return Err(Error::shape("bias", format!("[experts] = [{experts}]"), &[bias.len()]));
+            }
+            if let Some((expert, value)) = bias.iter().enumerate().find(|(_, b)| b.is_nan() || **b == f64::INFINITY) {
+                return Err(Error::value("bias", "finite numbers or -inf", format!("{value} at expert {expert}")));
+            }
+        }
+        if self.scoring != Scoring::Sigmoid {
+            if self.bias.is_some() {
+                return Err(Error::value("bias", "a selection bias with scoring 'sigmoid' only", "one with a softmax"));
+            }
+            if count > 1 {
+                let got = format!("{count} with a softmax");
+                return Err(Error::value("groups", "1, or groups with scoring 'sigmoid'", got));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the weights of a token are divided by.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Over {
+    ChosenSoftmax,
+    AllSoftmax,
+    NothingSigmoid,
+    ChosenSigmoid,
+}
+
+/// Extents of logits [tokens, experts], for a router that fits them.
+pub(super) fn checked(router: &Router<'_>, logits: &Array<'_>) -> Result<(usize, usize)> {
+    let &[tokens, experts] = logits.shape() else {
+        return Err(Error::shape("logits", "rank 2 [tokens, experts]", logits.shape()));
+    };
+    if experts > i32::MAX as usize {
+        return Err(Error::shape("logits", "fewer than 2^31 experts", logits.shape()));
+    }
+    router.check(experts)?;
+    Ok((tokens, experts))
+}
+
+/// Chooses `top_k` experts for every row of `logits` [tokens, experts]. `ids` (int32) and `weights` (float32; float64
+/// for float64 logits) are [tokens, top_k], by descending choice.
 ///
 /// # Errors
-/// Wrong shapes or types; `top_k` outside 1..=experts; a NaN among the logits.
+/// Wrong shapes or types; `top_k`, bias or groups that do not fit; a NaN among the logits.
 pub fn route(router: &Router<'_>, logits: &Array<'_>, ids: ArrayMut<'_>, weights: ArrayMut<'_>) -> Result<()> {
-    if logits.shape().len() != 2 {
-        return Err(Error::shape("logits", "rank 2 [tokens, experts]", logits.shape()));
-    }
-    let (tokens, experts) = (logits.shape()[0], logits.shape()[1]);
-    if !(1..=experts).contains(&router.top_k) {
-        return Err(Error::value("top_k", format!("1..={experts} (the number of experts)"), router.top_k));
-    }
-    if let Some(bias) = router.bias
-        && bias.len() != experts
-    {
-        return Err(Error::shape("bias", format!("[experts] = [{experts}]"), &[bias.len()]));
-    }
-    if router.bias.is_some() && router.scoring != Scoring::Sigmoid {
-        return Err(Error::value("bias", "a selection bias with scoring 'sigmoid' only", "one with a softmax"));
-    }
-    for (name, array, dtype) in [("expert_ids", &ids, Dtype::I32), ("weights", &weights, Dtype::F32)] {
+    let (tokens, _) = checked(router, logits)?;
+    let wide = if logits.dtype() == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
+    for (name, array, dtype) in [("expert_ids", &ids, Dtype::I32), ("weights", &weights, wide)] {
         if array.shape() != [tokens, router.top_k] || array.dtype() != dtype {
             return Err(Error::shape(name, format!("[{tokens}, {}] of {dtype}", router.top_k), array.shape()));
         }
     }
-    match logits.dtype() {
-        Dtype::F32 => typed::<f32>(router, logits.matrix(&[]), ids, weights),
-        Dtype::F64 => typed::<f64>(router, logits.matrix(&[]), ids, weights),
-        Dtype::F16 => typed::<f16>(router, logits.matrix(&[]), ids, weights),
-        Dtype::Bf16 => typed::<bf16>(router, logits.matrix(&[]), ids, weights),
-        other => Err(Error::dtype("logits", "float32, float64, float16 or bfloat16", other)),
-    }
+    with_score!("logits", logits, typed(router, logits, ids, weights))
 }
 
-fn typed<S: Float>(router: &Router<'_>, logits: Matrix<'_, S>, ids: ArrayMut<'_>, weights: ArrayMut<'_>) -> Result<()> {
-    const TOKENS: usize = 64;
-    let (ids, weights) = (ids.rows::<i32>(), weights.rows::<f32>());
+/// Tokens of a task.
+pub(super) const TOKENS: usize = 64;
+
+fn typed<S: Score>(router: &Router<'_>, logits: &Array<'_>, ids: ArrayMut<'_>, weights: ArrayMut<'_>) -> Result<()> {
+    let logits = logits.matrix::<S>(&[]);
+    let (ids, weights) = (ids.rows::<i32>(), weights.rows::<S::Acc>());
     let (count, experts) = (logits.rows(), logits.cols());
-    let failure = Mutex::new(None);
+    let refused = FirstNan::default();
     threads::for_each(
         count.div_ceil(TOKENS),
         count * experts < 1 << 14,
-        || (vec![0.0; experts], Vec::new()),
-        |task, (row, best)| {
+        || (vec![S::Acc::ZERO; experts], Scratch::new(router, experts)),
+        |task, (copy, scratch)| {
             for token in task * TOKENS..count.min((task + 1) * TOKENS) {
-                for (expert, value) in row.iter_mut().enumerate() {
-                    *value = logits.at(token, expert).widen().f64();
-                    if value.is_nan() {
-                        let error = Error::value("logits", "numbers", format!("NaN at token {token}, expert {expert}"));
-                        *failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(error);
-                        return;
-                    }
+                let row = S::widened(&logits, token, copy);
+                if S::Acc::ranking().has_nan(row) {
+                    return refused.note(token, row);
                 }
-                one_token(router, row, best, ids.take(token), weights.take(token));
+                scratch.choose(router, row);
+                scratch.weigh(router, row);
+                for (id, &expert) in ids.take(token).iter_mut().zip(&scratch.chosen) {
+                    *id = expert as i32;
+                }
+                for (weight, &score) in weights.take(token).iter_mut().zip(&scratch.scores) {
+                    *weight = S::Acc::of(score * router.scale);
+                }
             }
         },
     )?;
-    failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).map_or(Ok(()), Err)
+    refused.into_result("logits")
 }
 
-fn one_token(router: &Router<'_>, logits: &[f64], best: &mut Vec<usize>, ids: &mut [i32], weights: &mut [f32]) {
-    let sigmoid = |x: f64| 1.0 / (1.0 + libm::exp(-x));
-    let rank = |expert: usize| match (router.scoring, router.bias) {
-        (Scoring::Sigmoid, Some(bias)) => sigmoid(logits[expert]) + bias[expert],
-        _ => logits[expert],
-    };
-    largest(logits.len(), router.top_k, rank, best);
-    let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    // A row of -inf alone has no scale: its experts share evenly. +inf shares among the infinite ones.
-    let exponential = |x: f64| if x == top { 1.0 } else { libm::exp(x - top) };
-    let score = |expert: usize| match router.scoring {
-        Scoring::Sigmoid => sigmoid(logits[expert]),
-        _ => exponential(logits[expert]),
-    };
-    let chosen: f64 = best.iter().map(|&expert| score(expert)).sum();
-    let total = match router.scoring {
-        Scoring::Softmax if !router.renormalise => logits.iter().map(|&x| exponential(x)).sum(),
-        Scoring::Sigmoid if !router.renormalise => 1.0,
-        _ => chosen,
-    };
-    for ((&expert, id), weight) in best.iter().zip(ids).zip(weights) {
-        *id = expert as i32;
-        // A sigmoid may underflow to 0 for all chosen experts; then nothing can be renormalised.
-        *weight = if total == 0.0 { 0.0 } else { (score(expert) / total * router.scale) as f32 };
+/// The first NaN that tasks came across, whichever of them finished first.
+#[derive(Default)]
+pub(super) struct FirstNan(Mutex<Option<(usize, usize)>>);
+
+impl FirstNan {
+    pub(super) fn note<T: Real>(&self, token: usize, row: &[T]) {
+        let place = (token, row.iter().position(|x| x.f64().is_nan()).unwrap_or(0));
+        let mut first = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        *first = Some(first.map_or(place, |other| other.min(place)));
+    }
+
+    pub(super) fn into_result(self, name: &str) -> Result<()> {
+        let first = self.0.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        first.map_or(Ok(()), |(token, expert)| {
+            Err(Error::value(name, "numbers", format!("NaN at token {token}, expert {expert}")))
+        })
     }
 }
 
-/// The `k` largest by `rank`, descending, ties by ascending index: an insertion list with a threshold.
-fn largest(count: usize, k: usize, rank: impl Fn(usize) -> f64, best: &mut Vec<usize>) {
-    best.clear();
-    for candidate in 0..count {
-        let value = rank(candidate);
-        if best.len() == k && best.last().is_some_and(|&last| value <= rank(last)) {
-            continue;
+/// What one thread needs for a token.
+pub(super) struct Scratch<T> {
+    largest: Largest<T>,
+    largest_choice: Largest<f64>,
+    largest_group: Largest<f64>,
+    choices: Vec<f64>,
+    group_scores: Vec<f64>,
+    open: Vec<f64>,
+    logits: Vec<f64>,
+    /// e^(logit - top) of all experts, and their sum, where the weights need them.
+    pub(super) all: Vec<f64>,
+    pub(super) total: f64,
+    /// Experts of the token at hand.
+    pub(super) chosen: Vec<u32>,
+    /// Their weights before the factor.
+    pub(super) scores: Vec<f64>,
+}
+
+impl<T: Ranked> Scratch<T> {
+    pub(super) fn new(router: &Router<'_>, experts: usize) -> Self {
+        let choices = if router.bias.is_some() || router.groups.count > 1 { experts } else { 0 };
+        Self {
+            largest: Largest::new(),
+            largest_choice: Largest::new(),
+            largest_group: Largest::new(),
+            choices: vec![0.0; choices],
+            group_scores: Vec::new(),
+            open: Vec::new(),
+            logits: Vec::new(),
+            all: vec![0.0; if router.over() == Over::AllSoftmax { experts } else { 0 }],
+            total: 0.0,
+            chosen: Vec::with_capacity(router.top_k),
+            scores: vec![0.0; router.top_k],
         }
-        let place = best.partition_point(|&other| rank(other) >= value);
-        best.truncate(k - 1);
-        best.insert(place, candidate);
     }
+
+    /// Fills `chosen`. Without bias or groups the logits rank: scores rise with them, so no tie arises from rounding.
+    fn choose(&mut self, router: &Router<'_>, logits: &[T]) {
+        self.chosen.clear();
+        if self.choices.is_empty() {
+            self.chosen.extend_from_slice(self.largest.of(logits, router.top_k));
+            return;
+        }
+        T::ranking().sigmoids(logits, &mut self.choices);
+        if let Some(bias) = router.bias {
+            self.choices.iter_mut().zip(bias).for_each(|(choice, b)| *choice += b);
+        }
+        let Groups { count, kept } = router.groups;
+        if kept == count {
+            self.chosen.extend_from_slice(self.largest_choice.of(&self.choices, router.top_k));
+            return;
+        }
+        let size = logits.len() / count;
+        self.group_scores.clear();
+        self.group_scores.extend(self.choices.chunks_exact(size).map(best_two));
+        let mut groups = self.largest_group.of(&self.group_scores, kept).to_vec();
+        groups.sort_unstable(); // so that ties within the open groups go to the lower expert
+        self.open.clear();
+        for &group in &groups {
+            self.open.extend_from_slice(&self.choices[group as usize * size..][..size]);
+        }
+        let open = self.largest_choice.of(&self.open, router.top_k);
+        self.chosen.extend(open.iter().map(|&at| groups[at as usize / size] * size as u32 + at % size as u32));
+    }
+
+    /// Fills `scores` (and `all`) for the experts in `chosen`.
+    pub(super) fn weigh(&mut self, router: &Router<'_>, logits: &[T]) {
+        self.logits.clear();
+        self.logits.extend(self.chosen.iter().map(|&expert| logits[expert as usize].f64()));
+        let top = self.logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let total = match router.over() {
+            // A row of -inf alone has no scale: its experts share evenly. +inf shares among the infinite ones.
+            Over::ChosenSoftmax => f64::ranking().exponentials(&self.logits, top, &mut self.scores),
+            Over::AllSoftmax => {
+                let top = T::table().row_max(logits, T::ONE).f64();
+                self.total = T::ranking().exponentials(logits, top, &mut self.all);
+                for (score, &expert) in self.scores.iter_mut().zip(&self.chosen) {
+                    *score = self.all[expert as usize];
+                }
+                self.total
+            }
+            Over::NothingSigmoid => return f64::ranking().sigmoids(&self.logits, &mut self.scores),
+            Over::ChosenSigmoid => {
+                // Scaled by the largest: their quotients survive where every sigmoid underflows.
+                let shift = if top < 0.0 && top > f64::NEG_INFINITY { top } else { 0.0 };
+                for (score, &x) in self.scores.iter_mut().zip(&self.logits) {
+                    *score = if x < 0.0 { exponential(x - shift) / (1.0 + exponential(x)) } else { sigmoid(x) };
+                }
+                self.scores.iter().sum()
+            }
+        };
+        // Sigmoids of -inf alone: nothing can be renormalised.
+        self.scores.iter_mut().for_each(|score| *score = if total == 0.0 { 0.0 } else { *score / total });
+    }
+}
+
+/// The sum of the two largest; the one there is in a group of one. Four streams, so that no step waits for the last.
+fn best_two(choices: &[f64]) -> f64 {
+    let larger = |a: f64, b: f64| if a > b { a } else { b };
+    let smaller = |a: f64, b: f64| if a < b { a } else { b };
+    let (mut first, mut second) = ([f64::NEG_INFINITY; 4], [f64::NEG_INFINITY; 4]);
+    let (whole, rest) = choices.as_chunks::<4>();
+    for chunk in whole {
+        for (lane, &choice) in chunk.iter().enumerate() {
+            second[lane] = larger(second[lane], smaller(choice, first[lane]));
+            first[lane] = larger(first[lane], choice);
+        }
+    }
+    let (mut best, mut next) = (f64::NEG_INFINITY, f64::NEG_INFINITY);
+    for &choice in first.iter().chain(&second).chain(rest) {
+        next = larger(next, smaller(choice, best));
+        best = larger(best, choice);
+    }
+    if choices.len() == 1 { best } else { best + next }
 }

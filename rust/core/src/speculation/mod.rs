@@ -7,7 +7,6 @@
 //!
 //! * [`mod@process`]: logits to law: [`process::Sampling`], [`process::Law`];
 //! * `select`: the k largest, and the nucleus, without sorting the vocabulary;
-//! * `exponential`: e^x in double precision with the same bits on every instruction set;
 //! * [`sample`]: one token from a law and a uniform number, batched;
 //! * [`mod@verify`]: chains: acceptance probabilities, residual laws, and the run that uses them.
 //!
@@ -20,7 +19,6 @@
 //! position is decided; drafts beyond the first refusal are forgotten with their coins unseen. So numbers may be the
 //! same in every round, whatever the rounds are, and the output does not depend on the row a request has in a batch.
 
-mod exponential;
 mod input;
 pub mod process;
 pub mod sample;

@@ -11,11 +11,11 @@
 //! +inf is the limit, a law shared evenly by the tokens that have it (there: NaN); NaN and a row whose tokens are all
 //! masked are errors (there: NaN spreads).
 
-use super::exponential::exponentials;
 use super::input::{Results, floating, shaped, widen};
 use super::select::{kth_largest, nucleus};
 use crate::dtype::{Dtype, Float, Real};
 use crate::error::{Error, Result};
+use crate::exponential::exponentials;
 use crate::threads;
 use crate::view::{Array, ArrayMut};
 

@@ -1,6 +1,7 @@
-//! The mixture-of-experts room: `routers` and the expert `layer`.
+//! The mixture-of-experts room: `routers`, token `rounding` and the expert `layer`.
 
 mod layer;
+mod rounding;
 mod routers;
 
 use crate::door::to_python;
@@ -13,5 +14,6 @@ fn unknown(py: Python<'_>, name: &str, allowed: &str, got: &str) -> PyErr {
 
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     routers::register(module)?;
+    rounding::register(module)?;
     layer::register(module)
 }

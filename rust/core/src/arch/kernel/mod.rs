@@ -6,11 +6,13 @@
 //! * [`softmax`]: one block of the online softmax over a score tile;
 //! * [`pack`]: transposition into panels and back, rows stacked into units;
 //! * [`activation`]: the function between an expert's two products, and its derivative;
+//! * [`rank`]: which elements of a row are large, and the scores they are ranked by (routers, token rounding);
 //! * [`pointwise`]: small row operations.
 
 pub(super) mod activation;
 pub(super) mod pack;
 pub(super) mod pointwise;
+pub(super) mod rank;
 pub(super) mod rows;
 pub(super) mod softmax;
 pub(super) mod tile;

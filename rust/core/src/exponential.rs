@@ -2,7 +2,7 @@
 //!
 //! x = n ln 2 + r with |r| <= ln 2 / 2; e^r by its Taylor series to degree 13 (truncation 4e-18 relative), 2^n by the
 //! exponent bits. Rust never contracts a multiplication and an addition into one rounding, so every instruction set
-//! gives the same bits, and a run's tokens do not change with the machine. The compiler turns the loop into lanes.
+//! gives the same bits, and a run's tokens do not change with the machine; a router's choices do not either. The compiler turns the loop into lanes.
 
 const LOG2_E: f64 = std::f64::consts::LOG2_E;
 /// ln 2 in two parts: the first has its low 21 bits zero, so n times it is exact.
@@ -33,7 +33,7 @@ const INVERSE_FACTORIALS: [f64; 14] = [
 
 /// e^x for x in [-inf, 0]; within 2 units in the last place, exactly 1 at 0, 0 below -708.
 #[inline(always)]
-fn exponential(x: f64) -> f64 {
+pub(crate) fn exponential(x: f64) -> f64 {
     let inside = if x > LOWEST { x } else { LOWEST };
     let shifted = inside * LOG2_E + ROUND;
     let n = shifted - ROUND;
@@ -47,7 +47,7 @@ fn exponential(x: f64) -> f64 {
 }
 
 /// Replaces each z by e^((z - top) / temperature). No z may be NaN or above `top`, and `top` must be finite.
-pub(super) fn exponentials(z: &mut [f64], top: f64, temperature: f64) {
+pub(crate) fn exponentials(z: &mut [f64], top: f64, temperature: f64) {
     for z in z {
         *z = exponential((*z - top) / temperature);
     }
