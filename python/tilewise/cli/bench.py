@@ -126,7 +126,12 @@ def _measure(problem: Problem, options: Options, console: Console) -> dict[str, 
 
 def _round(problem: Problem, options: Options) -> Any:
     """Rows of each expert after token rounding."""
-    raise NotImplementedError
+    import tilewise.torch as twt
+
+    ids, weights = problem.expert_ids, problem.weights.detach()
+    table = problem.logits.softmax(-1)
+    routing = twt.moe.round_tokens(table, ids, weights, tile=options.tile, rule=options.rule, seed=0)  # type: ignore[arg-type]
+    return routing.counts(problem.shape.experts)
 
 
 def _draw(found: dict[str, Any], options: Options) -> None:

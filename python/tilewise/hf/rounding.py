@@ -8,7 +8,6 @@ that instead of the fixed slots it was called with.
 
 from __future__ import annotations
 
-import hashlib
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import tilewise.hf
-from tilewise import torch as twt
 from tilewise.errors import ArgumentError, InternalError, UnsupportedError
 from tilewise.hf.experts import ROUNDING
-from tilewise.torch.moe.table import weight_table
+from tilewise.moe import Routing
+from tilewise.moe.rounding import Rule
+from tilewise.torch.moe.fills import round_routing, weight_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ class _Formula(NamedTuple):
 
 
 def round_tokens(
-    model: PreTrainedModel, rule: str = "nearest", tile: int = 128, *, seed: int = 0
+    model: PreTrainedModel, rule: Rule = "nearest", tile: int = 128, *, seed: int = 0
 ) -> TokenRounding:
     """Round the number of tokens of every expert to a multiple of `tile` whenever the model trains.
 
@@ -90,7 +90,7 @@ class TokenRounding:
     #: Loads of each layer's last training forward, by the name of the module that holds router and experts.
     loads: dict[str, Load]
 
-    def __init__(self, model: nn.Module, rule: str, tile: int, seed: int):
+    def __init__(self, model: nn.Module, rule: Rule, tile: int, seed: int):
         self.rule, self.tile, self.seed, self.loads = rule, tile, seed, {}
         self._hooks: list[Any] = []
         # Everything is checked before anything is changed.
@@ -147,12 +147,13 @@ class _Layer:
 
     def __init__(self, handle: TokenRounding, index: int, name: str, router: nn.Module, experts: nn.Module):
         self.handle, self.index, self.name, self.router, self.experts = handle, index, name, router, experts
-        self._outcome: tuple[torch.Size, Any] | None = None
+        self._outcome: tuple[torch.Size, Routing] | None = None
         if getattr(experts, ROUNDING, None) is not None:
             raise ArgumentError(f"{name} is rounded already; call remove() on the handle of that first")
         self._check_implementation()
         self.formula, sample = _recognise(name, router)
         self._round(*sample)  # a rule or a tile that does not exist shows here
+        handle.loads.clear()
 
     def _check_implementation(self) -> None:
         config: Any = self.experts.config
@@ -172,10 +173,19 @@ class _Layer:
         self._outcome = ids.shape, self._round(logits, weights, ids)
 
     @torch.compiler.disable
-    def _round(self, logits: Tensor, weights: Tensor, ids: Tensor) -> Any:
-        raise NotImplementedError
+    def _round(self, logits: Tensor, weights: Tensor, ids: Tensor) -> Routing:
+        handle, experts = self.handle, logits.shape[1]
+        # Where autocast or a half-precision model narrowed the logits, the fills' weights are made of what is left.
+        with torch.autocast(logits.device.type, enabled=False):
+            table = weight_table(logits, ids, **self.formula._asdict())
+            routing = round_routing(
+                table, ids, weights, tile=handle.tile, rule=handle.rule, seed=handle.seed, layer=self.index
+            )
+        before = ids.detach().flatten().bincount(minlength=experts)
+        handle.loads[self.name] = Load(before, routing.counts(experts))
+        return routing
 
-    def take(self, ids: Tensor) -> Any:
+    def take(self, ids: Tensor) -> Routing | None:
         """The rounded routing for what the router has just chosen, or None in eval."""
         if self._outcome is None:
             if self.router.training:
@@ -232,11 +242,3 @@ def _recognise(name: str, router: nn.Module) -> tuple[_Formula, tuple[Tensor, Te
                 if torch.allclose(ratio, torch.full_like(ratio, scale), rtol=1e-3, atol=0.0):
                     return _Formula(scoring, renormalise, scale), (logits, weights, ids)
     raise refuse("weighs experts by another formula")
-
-
-def _draw_seed(seed: int, layer: int, counts: Tensor) -> int:
-    """A seed that repeats with the layer's loads, and differs between layers and steps."""
-    digest = hashlib.blake2b(digest_size=8)
-    for number in (seed, layer, *counts.tolist()):
-        digest.update(int(number).to_bytes(8, "little", signed=True))
-    return int.from_bytes(digest.digest(), "little") >> 1
