@@ -214,10 +214,10 @@ def benchmark(milliseconds: Mapping[str, Mapping[str, float]], *, unit: str = "m
         places = np.arange(len(cases)) + (index - (len(names) - 1) / 2) * height
         numbers = [milliseconds[case][name] for case in cases]
         bars = ax.barh(places, numbers, height=0.92 * height, color=shades[index % len(shades)], label=name)
-        ax.bar_label(bars, labels=[f"{number:.3g}" for number in numbers], padding=3, fontsize=8)
+        ax.bar_label(bars, labels=[f"{number:.0f}" if number >= 100 else f"{number:.3g}" for number in numbers], padding=3, fontsize=8)
     ax.set_yticks(range(len(cases)), cases)
     ax.invert_yaxis()
     ax.margins(x=0.12)
     ax.set(xlabel=unit)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the bars, which may fill the axes
     return ax

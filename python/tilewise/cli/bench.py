@@ -93,15 +93,17 @@ def _measure(problem: Problem, options: Options, console: Console) -> dict[str, 
     import torch
 
     from tilewise.bench.harness import interleave, machine, speedup
-    from tilewise.bench.moe import OURS, matmul_rate
+    from tilewise.bench.moe import OURS, matmul
     from tilewise.plot import padded_share
 
-    functions = problem.functions()
+    functions: dict[str, Any] = problem.functions()
+    size = min(2048, max(64, options.tokens))  # no longer than what it is compared with
+    functions["matmul"] = matmul(options.dtype, size)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=options.as_json) as bar:
         task = bar.add_task("measuring", total=options.rounds * len(functions))
         timings = interleave(functions, options.rounds, watch=lambda name: bar.advance(task))
-    peak = matmul_rate(options.dtype)
+    peak = 2.0 * size**3 / timings.pop("matmul").median
     rate = {name: problem.shape.flops(options.train) / timing.median for name, timing in timings.items()}
     rows = [
         {
