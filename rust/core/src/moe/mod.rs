@@ -23,7 +23,7 @@ pub mod rounding_rules;
 pub mod route;
 pub mod route_backward;
 pub mod routing;
-mod slopes;
 mod score;
+mod slopes;
 #[cfg(test)]
 mod tests;

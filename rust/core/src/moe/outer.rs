@@ -109,8 +109,7 @@ pub(super) fn weights<S: Arithmetic>(
         (layer.routing.of(*expert).len() + 8) * lines.len() * columns.len()
     };
     tasks.sort_by_key(|task| std::cmp::Reverse(size(task)));
-    let scratch =
-        || Scratch::<S> { left: Vec::new(), right: Vec::new(), line: Vec::new(), block: Vec::new() };
+    let scratch = || Scratch::<S> { left: Vec::new(), right: Vec::new(), line: Vec::new(), block: Vec::new() };
     threads::for_each(tasks.len(), stage.serial, scratch, |task, scratch| {
         let (expert, first, lines, columns) = tasks[task].clone();
         let rows = layer.routing.of(expert);

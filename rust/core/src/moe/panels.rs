@@ -11,8 +11,8 @@
 //! both products, so the activation's output *is* the second product's panel: no transposition, no store to memory in
 //! between; (3) weights are streamed once per block of up to [`ROWS`] tokens.
 
-use super::problem::Layer;
 use super::lines;
+use super::problem::Layer;
 use crate::arch::Kernel;
 use crate::dtype::Real;
 use crate::gemm::accumulate;

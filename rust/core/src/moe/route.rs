@@ -109,6 +109,13 @@ pub(super) enum Over {
     ChosenSigmoid,
 }
 
+impl Over {
+    /// Whether the weights depend on logits of experts that were not chosen.
+    pub(super) fn needs_row(self) -> bool {
+        self == Over::AllSoftmax
+    }
+}
+
 /// Extents of logits [tokens, experts], for a router that fits them.
 pub(super) fn checked(router: &Router<'_>, logits: &Array<'_>) -> Result<(usize, usize)> {
     let &[tokens, experts] = logits.shape() else {
@@ -156,6 +163,8 @@ fn typed<S: Score>(router: &Router<'_>, logits: &Array<'_>, ids: ArrayMut<'_>, w
                     return refused.note(token, row);
                 }
                 scratch.choose(router, row);
+                scratch.logits.clear();
+                scratch.logits.extend(scratch.chosen.iter().map(|&expert| row[expert as usize].f64()));
                 scratch.weigh(router, row);
                 for (id, &expert) in ids.take(token).iter_mut().zip(&scratch.chosen) {
                     *id = expert as i32;
@@ -196,7 +205,8 @@ pub(super) struct Scratch<T> {
     choices: Vec<f64>,
     group_scores: Vec<f64>,
     open: Vec<f64>,
-    logits: Vec<f64>,
+    /// Logits of the chosen experts.
+    pub(super) logits: Vec<f64>,
     /// e^(logit - top) of all experts, and their sum, where the weights need them.
     pub(super) all: Vec<f64>,
     pub(super) total: f64,
@@ -217,7 +227,7 @@ impl<T: Ranked> Scratch<T> {
             group_scores: Vec::new(),
             open: Vec::new(),
             logits: Vec::new(),
-            all: vec![0.0; if router.over() == Over::AllSoftmax { experts } else { 0 }],
+            all: vec![0.0; if router.over().needs_row() { experts } else { 0 }],
             total: 0.0,
             chosen: Vec::with_capacity(router.top_k),
             scores: vec![0.0; router.top_k],
@@ -253,17 +263,16 @@ impl<T: Ranked> Scratch<T> {
         self.chosen.extend(open.iter().map(|&at| groups[at as usize / size] * size as u32 + at % size as u32));
     }
 
-    /// Fills `scores` (and `all`) for the experts in `chosen`.
-    pub(super) fn weigh(&mut self, router: &Router<'_>, logits: &[T]) {
-        self.logits.clear();
-        self.logits.extend(self.chosen.iter().map(|&expert| logits[expert as usize].f64()));
+    /// Fills `scores` (and `all`) for the experts in `chosen`, whose `logits` are known; `row` is read only where
+    /// [`Over::needs_row`].
+    pub(super) fn weigh(&mut self, router: &Router<'_>, row: &[T]) {
         let top = self.logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let total = match router.over() {
             // A row of -inf alone has no scale: its experts share evenly. +inf shares among the infinite ones.
             Over::ChosenSoftmax => f64::ranking().exponentials(&self.logits, top, &mut self.scores),
             Over::AllSoftmax => {
-                let top = T::table().row_max(logits, T::ONE).f64();
-                self.total = T::ranking().exponentials(logits, top, &mut self.all);
+                let top = T::table().row_max(row, T::ONE).f64();
+                self.total = T::ranking().exponentials(row, top, &mut self.all);
                 for (score, &expert) in self.scores.iter_mut().zip(&self.chosen) {
                     *score = self.all[expert as usize];
                 }

@@ -67,37 +67,40 @@ fn typed<S: Score>(
         || (vec![S::Acc::ZERO; experts], Scratch::new(router, experts), vec![0.0; router.top_k]),
         |task, (copy, scratch, g)| {
             for token in task * TOKENS..count.min((task + 1) * TOKENS) {
-                let row = S::widened(&logits, token, copy);
+                // Only one scoring looks at the whole row; the others leave it in memory.
+                let row = if router.over().needs_row() { S::widened(&logits, token, copy) } else { &[] };
                 if S::Acc::ranking().has_nan(row) {
                     return refused.note(token, row);
                 }
-                scratch.chosen.clear();
                 let pairs = token * router.top_k..(token + 1) * router.top_k;
+                scratch.chosen.clear();
                 scratch.chosen.extend(ids[pairs.clone()].iter().map(|&id| id as u32));
+                scratch.logits.clear();
+                scratch.logits.extend(scratch.chosen.iter().map(|&id| logits.at(token, id as usize).widen().f64()));
                 scratch.weigh(router, row);
                 g.iter_mut().zip(&grad[pairs]).for_each(|(g, own)| *g = own * router.scale);
-                one_token(router.over(), row, scratch, g, out.take(token));
+                one_token(router.over(), scratch, g, out.take(token));
             }
         },
     )?;
     refused.into_result("logits")
 }
 
-fn one_token<S: Score>(over: Over, row: &[S::Acc], scratch: &mut Scratch<S::Acc>, g: &[f64], out: &mut [S]) {
+fn one_token<S: Score>(over: Over, scratch: &Scratch<S::Acc>, g: &[f64], out: &mut [S]) {
     let mean: f64 = scratch.scores.iter().zip(g).map(|(score, g)| score * g).sum();
     if over == Over::AllSoftmax {
-        for (out, e) in out.iter_mut().zip(&scratch.all) {
-            *out = S::rounded(-(e / scratch.total) * mean);
-        }
+        let factor = -mean / scratch.total;
+        out.iter_mut().zip(&scratch.all).for_each(|(out, e)| *out = S::rounded(e * factor));
     } else {
         out.fill(S::rounded(0.0));
     }
-    for ((&expert, &score), g) in scratch.chosen.iter().zip(&scratch.scores).zip(g) {
-        let against = |expert: u32| sigmoid(-row[expert as usize].f64());
+    for (slot, &expert) in scratch.chosen.iter().enumerate() {
+        let (score, g) = (scratch.scores[slot], g[slot]);
+        let against = || sigmoid(-scratch.logits[slot]); // 1 - sigmoid, without cancellation
         out[expert as usize] = S::rounded(match over {
             Over::ChosenSoftmax | Over::AllSoftmax => score * (g - mean),
-            Over::NothingSigmoid => g * score * against(expert),
-            Over::ChosenSigmoid => score * against(expert) * (g - mean),
+            Over::NothingSigmoid => g * score * against(),
+            Over::ChosenSigmoid => score * against() * (g - mean),
         });
     }
 }
