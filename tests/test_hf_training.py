@@ -207,3 +207,179 @@ def test_frozen_parameters_get_no_gradient_and_cost_nothing(model: Any) -> None:
             assert parameter.grad is None
         else:
             assert torch.equal(got[name], free[name]), name
+
+
+# Token rounding
+
+
+TILE = 16
+
+
+def logits_of(model: Any, ids: Any) -> Any:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def test_rounding_in_training_and_none_in_eval(model: Any) -> None:
+    """Loads are multiples of the tile while the model trains; evaluation and what follows remove() are untouched."""
+    ids = hf_models.batches(1, rows=8, length=20)[0]
+    model = use(model, torch.float32, "tilewise")
+    training, evaluation = logits_of(model.train(), ids), logits_of(model.eval(), ids)
+    with tilewise.hf.round_tokens(model, tile=TILE) as rounding:
+        assert torch.equal(logits_of(model, ids), evaluation)
+        assert not rounding.loads, "rounded in eval"
+        rounded = logits_of(model.train(), ids)
+        assert rounding.loads
+        for name, load in rounding.loads.items():
+            slots = model.get_submodule(name).experts.config.num_experts_per_tok
+            assert load.before.sum() == ids.numel() * slots
+            assert (load.after % TILE == 0).all() and ((load.after - load.before).abs() <= TILE / 2).all()
+        assert any((load.before % TILE != 0).any() for load in rounding.loads.values())
+        assert not torch.equal(rounded, training)
+        assert torch.isfinite(rounded).all()
+        assert torch.equal(logits_of(model.eval(), ids), evaluation)
+    assert torch.equal(logits_of(model.train(), ids), training)
+    rounding.remove()  # harmless
+
+
+def test_a_tile_of_one_trains_as_without(model: Any) -> None:
+    """Every pair of top-k with the router's own weights: the gradients of a rounding that changes nothing."""
+    ids = hf_models.batches(1)[0]
+    truth = gradients(use(model, torch.float64, "tilewise"), ids)
+    model = use(model, torch.float64, "tilewise")
+    with tilewise.hf.round_tokens(model, tile=1):
+        got = gradients(model, ids)
+    for name, value in truth.items():
+        assert torch.allclose(got[name], value, rtol=1e-6, atol=1e-9), name
+
+
+@pytest.mark.parametrize("rule", ["down", "up", "stochastic"])
+def test_gradients_of_a_rounded_model(model: Any, rule: Any) -> None:
+    """Against autograd through the router's formula, added pairs included: the last block's loss by its router."""
+    model = use(model, torch.float64, "tilewise")
+    with tilewise.hf.round_tokens(model, rule, tile=TILE) as rounding:
+        layer = rounding._layers[-1]
+        x = torch.randn(70, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+        logits, weights, ids = layer.router(x)
+        routing = layer.take(ids)
+    assert routing is not None
+    experts = logits.shape[1]
+    assert (routing.counts(experts) % TILE == 0).all()
+    scoring, renormalise, scale = layer.formula
+    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
+    if renormalise:
+        scores = scores / scores.gather(1, ids).sum(-1, keepdim=True)
+    want = scale * scores[routing.token_ids.long(), routing.expert_ids.long()]
+    assert torch.allclose(routing.weights, want, rtol=1e-5)  # some routers compute in float32
+    answer = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (got,) = torch.autograd.grad((routing.weights * answer).sum(), layer.router.weight, retain_graph=True)
+    (truth,) = torch.autograd.grad((want * answer).sum(), layer.router.weight)
+    assert torch.allclose(got, truth, rtol=1e-4, atol=1e-5 * float(truth.abs().max()))
+    chosen = torch.zeros(logits.shape, dtype=torch.bool).scatter(1, ids, True)
+    added = ~chosen[routing.token_ids.long(), routing.expert_ids.long()]
+    assert bool(added.any()) == (rule == "up") or rule == "stochastic"
+
+
+@pytest.mark.parametrize("rule", ["nearest", "stochastic", "nearest_score", "balance", "up", "down"])
+def test_checkpointing_rounds_the_same_way_again(rule: Any) -> None:
+    model = use(hf_models.build("qwen3_moe"), torch.float32, "tilewise")
+    ids = hf_models.batches(1)[0]
+    with tilewise.hf.round_tokens(model, rule, tile=8, seed=7):
+        plain = gradients(model, ids)
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        got = gradients(model, ids)
+    assert all(torch.equal(got[name], plain[name]) for name in plain)
+
+
+def test_a_rounded_model_learns_and_autocasts(model: Any) -> None:
+    model = use(model, torch.float32, "tilewise")
+    with tilewise.hf.round_tokens(model, tile=8):
+        losses = curve(model, 40)
+        assert losses[-1] < losses[0] - 0.5
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            ids = hf_models.batches(1)[0]
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_rounded_model_can_be_copied() -> None:
+    """The copy has hooks of its own; removing the original's leaves it rounding."""
+    model = use(hf_models.build("mixtral"), torch.float32, "tilewise")
+    ids = hf_models.batches(1)[0]
+    with tilewise.hf.round_tokens(model, tile=TILE):
+        want = logits_of(model, ids)
+        other = copy.deepcopy(model)
+    plain = logits_of(model, ids)
+    assert torch.equal(logits_of(other, ids), want) and not torch.equal(plain, want)
+
+
+def test_what_cannot_be_rounded_is_named() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tilewise.errors import ArgumentError, InternalError, UnsupportedError
+
+    dense = LlamaForCausalLM(
+        LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(UnsupportedError, match="LlamaForCausalLM has no expert modules"):
+        tilewise.hf.round_tokens(dense)
+    eager = hf_models.build("mixtral").float()
+    with pytest.raises(UnsupportedError, match="computed by 'eager'"):
+        tilewise.hf.round_tokens(eager)
+    model = use(eager, torch.float32, "tilewise")
+    for arguments, message in (({"rule": "sideways"}, "sideways"), ({"tile": 0}, "tile")):
+        with pytest.raises(ArgumentError, match=message):
+            tilewise.hf.round_tokens(model, **arguments)
+    assert not any(module._forward_hooks for module in model.modules()), "a refused call left hooks"
+    ids = hf_models.batches(1)[0]
+    with tilewise.hf.round_tokens(model):
+        with pytest.raises(ArgumentError, match="rounded already"):
+            tilewise.hf.round_tokens(model)
+        model.set_experts_implementation("eager")
+        with pytest.raises(UnsupportedError, match="computed by 'eager'"):
+            model(ids)
+    model = use(model, torch.float32, "tilewise")
+    block = model.model.layers[0].mlp
+    with tilewise.hf.round_tokens(model), pytest.raises(InternalError, match="without their router"):
+        block.experts(torch.ones(3, 32), torch.zeros(3, 2, dtype=torch.long), torch.ones(3, 2))
+    with tilewise.hf.round_tokens(model):
+        block.gate(torch.ones(4, 32))
+        with pytest.raises(UnsupportedError, match=r"chose \[4, 2\] and its experts were called with \[3, 2\]"):
+            block.experts(torch.ones(3, 32), torch.zeros(3, 2, dtype=torch.long), torch.ones(3, 2))
+
+
+def test_routers_that_cannot_be_hooked_are_named() -> None:
+    from tilewise.errors import UnsupportedError
+
+    def replaced(router: Any) -> Any:
+        model = use(hf_models.build("mixtral"), torch.float32, "tilewise")
+        model.model.layers[1].mlp.gate = router
+        return model
+
+    class Router(torch.nn.Module):
+        def __init__(self, output: Callable[[Any], Any]):
+            super().__init__()
+            self.weight, self.output = torch.nn.Parameter(torch.zeros(4, 32)), output
+
+        def forward(self, x: Any) -> Any:
+            return self.output(torch.nn.functional.linear(x, self.weight))
+
+    def square(logits: Any) -> Any:
+        weights, ids = logits.square().topk(2, -1)
+        return logits, weights, ids
+
+    for router, message in (
+        (Router(lambda logits: logits), "does not run on a sample"),
+        (Router(lambda logits: (logits, logits, logits)), "returns"),
+        (Router(square), "another formula"),
+        (Router(lambda logits: 1 / 0), "ZeroDivisionError"),
+        (torch.nn.Identity(), "has no `weight`"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"model.layers.1.mlp: the router .*{message}"):
+            tilewise.hf.round_tokens(replaced(router))
+    model = replaced(Router(square))
+    del model.model.layers[1].mlp.gate
+    with pytest.raises(UnsupportedError, match="0 modules called gate or router"):
+        tilewise.hf.round_tokens(model)

@@ -165,6 +165,58 @@ def scores_travel(rank: int, world: int) -> None:
     assert torch.equal(gradient, want)
 
 
+def moe_module(rank: int, world: int, **options: Any) -> None:
+    """The module over the group, against the module alone on all tokens: outputs and gradients.
+
+    With rounding and every expert chosen by every token, each rank has all tokens, so rounding on the receiving ranks is
+    rounding of the whole: then these must agree too.
+    """
+    experts, total = 2 * world + 1, 10 * world
+    random = torch.Generator().manual_seed(3)
+    x, answer = (torch.randn(total, WIDTH, generator=random, dtype=torch.float64) for _ in range(2))
+    sizes: dict[str, Any] = {"num_experts": experts, "top_k": 3, "width": WIDTH, "hidden": HIDDEN, "dtype": torch.float64}
+    sizes |= options
+    torch.manual_seed(0)
+    whole = twt.moe.MoE(**sizes).train()
+    dispatcher = AllToAll(experts)
+    part = twt.moe.MoE(**sizes, dispatcher=dispatcher).train()
+    held = slice(dispatcher.local_experts.start, dispatcher.local_experts.stop)
+    part.load_state_dict({k: v if k == "router.weight" else v[held] for k, v in whole.state_dict().items()})
+    mine = slice(10 * rank, 10 * (rank + 1))
+    want, loss = whole(x, return_aux_loss=True)
+    ((want * answer).sum() + 0.0 * loss).backward()
+    got = part(x[mine])
+    (got * answer[mine]).sum().backward()
+    assert part.router.weight.grad is not None and whole.router.weight.grad is not None
+    dist.all_reduce(part.router.weight.grad)  # every rank has the gradient of its own tokens
+    close(got, want[mine], f"module {options}: output")
+    close(part.router.weight.grad, whole.router.weight.grad, f"module {options}: gradient of the router")
+    for name in ("gate_up", "down"):
+        mine_grad, whole_grad = getattr(part, name).grad, getattr(whole, name).grad
+        close(mine_grad, whole_grad[held], f"module {options}: gradient of {name}")
+    assert torch.equal(part.last_load, whole.last_load[held])
+
+
+def rounding_on_the_receiving_rank(rank: int, world: int) -> None:
+    """Every expert's load is a multiple of the tile on the rank that computes it, or all rows that came there."""
+    experts = 2 * world
+    torch.manual_seed(0)
+    layer = twt.moe.MoE(experts, 2, WIDTH, HIDDEN, rounding="nearest", tile=8, dispatcher=AllToAll(experts)).train()
+    plain = twt.moe.MoE(experts, 2, WIDTH, HIDDEN, dispatcher=AllToAll(experts))
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(rank))
+    out = layer(x)
+    out.sum().backward()
+    assert layer.last_load is not None and layer.router.weight.grad is not None
+    assert (layer.last_load % 8 == 0).all(), layer.last_load
+    want = plain(x)
+    assert plain.last_load is not None
+    changed = torch.tensor(int(not torch.equal(layer.last_load, plain.last_load)))
+    dist.all_reduce(changed)
+    assert changed, "nothing was rounded: the test proves nothing"
+    assert torch.equal(layer.eval()(x), want)
+
+
 def local_is_the_identity(layer: Any) -> None:
     case = cases(1)[0]
     dispatcher = Local(case.experts)
@@ -183,6 +235,11 @@ def main() -> None:
     for case in cases(world):
         compare(case, layer, rank)
     scores_travel(rank, world)
+    if sys.argv[4] == "tilewise":
+        moe_module(rank, world)
+        moe_module(rank, world, rounding="nearest", tile=8, top_k=2 * world + 1)
+        moe_module(rank, world, rounding="balance", tile=12, top_k=2 * world + 1, scoring="sigmoid", renormalise=True)
+        rounding_on_the_receiving_rank(rank, world)
     local_is_the_identity(layer)
     dist.barrier()
     dist.destroy_process_group()

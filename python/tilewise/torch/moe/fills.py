@@ -59,6 +59,7 @@ def weight_table(
     return table * scale
 
 
+@torch.compiler.disable  # how many pairs there are depends on the data
 def round_routing(
     table: Tensor,
     expert_ids: Tensor,
@@ -82,6 +83,8 @@ def round_routing(
         token_ids: ``[pairs]``, ascending.
         tile, rule: of :func:`tilewise.torch.moe.round_tokens`.
         seed, layer: of the draws.
+
+    Under torch.compile the graph breaks here.
 
     Returns:
         The rounded routing, differentiable in `table` and `weights`.
