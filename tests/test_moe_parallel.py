@@ -116,3 +116,23 @@ def test_a_second_derivative_is_refused() -> None:
     (first,) = torch.autograd.grad(out.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("options", [[], ["--rounding", "nearest", "--tile", "16"]])
+def test_the_example_learns(options: list[str]) -> None:
+    """``torchrun`` with two processes, as its first lines say."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [str(ROOT / "examples" / "expert_parallel.py"), "--steps", "41", "--tokens", "256", "--experts", "5"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(tilewise.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, *script, *options], env=environment, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("step")]
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in lines]
+    assert len(losses) == 3 and losses[-1] < 0.9 * losses[0]
+    rows = [int(number) for number in lines[-1].split("[")[1].rstrip("]").split(",")]
+    if options:
+        assert all(number % 16 == 0 for number in rows)
+    else:
+        assert sum(rows) == 2 * 256 * 2
