@@ -40,7 +40,7 @@ from tilewise.errors import (
     VocabularyError,
 )
 from tilewise.gemm import matmul
-from tilewise.moe import experts, route
+from tilewise.moe import Routing, experts, load_balance_loss, round_tokens, route
 from tilewise.testing import force_isa, force_threads, levels, normal
 
 torch = pytest.importorskip("torch")
@@ -54,6 +54,7 @@ A, B = normal((2, 3)), normal((3, 4))
 Q, K = normal((1, 4, 3, 8)), normal((1, 2, 5, 8))
 LOGITS = normal((3, 6))
 X, IDS, WEIGHTS = normal((3, 8)), np.zeros((3, 2), np.int32), np.ones((3, 2), np.float32)
+DISTINCT = np.array([[0, 1], [2, 3], [5, 4]], np.int32)
 GATE_UP, DOWN = normal((4, 10, 8)), normal((4, 8, 5))
 
 
@@ -152,6 +153,13 @@ def wrong_level() -> None:
 def no_threads() -> None:
     with force_threads(0):
         pass
+
+
+def twice_differentiated() -> None:
+    x = torch.randn(2, 3, requires_grad=True)
+    _, weights = twt.moe.route(x, 2)
+    (grad,) = torch.autograd.grad(weights.square().sum(), x, create_graph=True)
+    grad.sum().backward()
 
 
 def nan_logits() -> np.ndarray:
@@ -266,6 +274,28 @@ SHAPES = [
         ShapeError,
         ("block_indices:", "(1, 3, 3, 1)"),
     ),
+    Row(
+        "load_balance_loss: rank", lambda: load_balance_loss(LOGITS[0], IDS), ShapeError, ("logits:", "rank 2", "(6,)")
+    ),
+    Row("round_tokens: rank", lambda: round_tokens(LOGITS[0], IDS, tile=2), ShapeError, ("scores:", "rank 2", "(6,)")),
+    Row(
+        "round_tokens: other tokens",
+        lambda: round_tokens(LOGITS, IDS[:2], tile=2),
+        ShapeError,
+        ("expert_ids:", "[3, any]", "(2, 2)"),
+    ),
+    Row(
+        "round_tokens: other weights",
+        lambda: round_tokens(LOGITS, IDS, WEIGHTS[:, :1], tile=2),
+        ShapeError,
+        ("weights:", "shape of expert_ids [3, 2]", "(3, 1)"),
+    ),
+    Row(
+        "Routing: shapes of slots",
+        lambda: Routing.from_slots(IDS, WEIGHTS[:2]),
+        ShapeError,
+        ("expert_ids, weights:", "[tokens, slots]", "(3, 2)", "(2, 2)"),
+    ),
     Row("route: rank", lambda: route(LOGITS[0], 2), ShapeError, ("logits:", "rank 2", "(6,)")),
     Row(
         "route: bias",
@@ -371,6 +401,42 @@ DTYPES = [
         ("block_indices:", "int32 or int64", "float64"),
     ),
     Row("matmul: rows", lambda: matmul(A, B, rows=np.ones(2)), DtypeError, ("rows:", "int64", "float64")),
+    Row(
+        "load_balance_loss: integers",
+        lambda: load_balance_loss(IDS, IDS),
+        DtypeError,
+        ("logits:", "float32", "int32"),
+    ),
+    Row(
+        "load_balance_loss: floating ids",
+        lambda: load_balance_loss(LOGITS, LOGITS),
+        DtypeError,
+        ("expert_ids:", "int32 or int64", "float32"),
+    ),
+    Row(
+        "twt.load_balance_loss: integers",
+        lambda: twt.moe.load_balance_loss(torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int32)),
+        DtypeError,
+        ("logits:", "floating", "int32"),
+    ),
+    Row(
+        "round_tokens: integer scores",
+        lambda: round_tokens(np.ones((3, 6), np.int32), IDS, tile=2),
+        DtypeError,
+        ("scores:", "float32", "int32"),
+    ),
+    Row(
+        "round_tokens: floating ids",
+        lambda: round_tokens(LOGITS, LOGITS, tile=2),
+        DtypeError,
+        ("expert_ids:", "int32 or int64", "float32"),
+    ),
+    Row(
+        "round_tokens: integer weights",
+        lambda: round_tokens(LOGITS, IDS, IDS, tile=2),
+        DtypeError,
+        ("weights:", "float32", "int32"),
+    ),
     Row("route: integers", lambda: route(IDS, 1), DtypeError, ("logits:", "float32", "int32")),
     Row(
         "experts: floating ids",
@@ -430,6 +496,85 @@ VALUES = [
     Row("top_k of nothing", lambda: route(LOGITS, 0), ArgumentError, ("top_k:", "1..=6", "got 0")),
     Row("negative top_k", lambda: route(LOGITS, -1), ArgumentError, ("top_k:", "1..=6", "got -1")),
     Row("top_k too large", lambda: route(LOGITS, 7), ArgumentError, ("top_k:", "experts", "got 7")),
+    Row(
+        "groups that do not divide the experts",
+        lambda: route(LOGITS, 2, scoring="sigmoid", groups=4),
+        ArgumentError,
+        ("groups:", "divisor of 6", "got 4"),
+    ),
+    Row("no groups", lambda: route(LOGITS, 2, scoring="sigmoid", groups=0), ArgumentError, ("groups:", "got 0")),
+    Row(
+        "too many top groups",
+        lambda: route(LOGITS, 2, scoring="sigmoid", groups=2, top_groups=3),
+        ArgumentError,
+        ("top_groups:", "1..=2", "got 3"),
+    ),
+    Row(
+        "top_k beyond the open groups",
+        lambda: route(LOGITS, 3, scoring="sigmoid", groups=3, top_groups=1),
+        ArgumentError,
+        ("top_k:", "1..=2", "1 groups of 2", "got 3", "keep more groups"),
+    ),
+    Row(
+        "groups with a softmax",
+        lambda: route(LOGITS, 2, groups=2),
+        ArgumentError,
+        ("groups:", "'sigmoid'", "softmax"),
+    ),
+    Row(
+        "NaN bias",
+        lambda: route(LOGITS, 2, scoring="sigmoid", bias=np.array([0, 0, np.nan, 0, 0, 0])),
+        ArgumentError,
+        ("bias:", "finite", "NaN at expert 2"),
+    ),
+    Row(
+        "a tile of nothing",
+        lambda: round_tokens(LOGITS, DISTINCT, tile=0),
+        ArgumentError,
+        ("tile:", "at least 1", "got 0"),
+    ),
+    Row(
+        "padding to nothing",
+        lambda: Routing.from_slots(IDS, WEIGHTS).padded_rows(4, 0),
+        ArgumentError,
+        ("tile:", "at least 1", "got 0"),
+    ),
+    Row(
+        "unknown rounding rule",
+        lambda: round_tokens(LOGITS, DISTINCT, tile=2, rule="ceil"),  # type: ignore[arg-type]
+        ArgumentError,
+        ("rule:", "nearest_score", "'ceil'"),
+    ),
+    Row(
+        "a rule that draws, without a seed",
+        lambda: round_tokens(LOGITS, DISTINCT, tile=2, rule="stochastic"),
+        ArgumentError,
+        ("seed:", "0 to 2^63 - 1", "'stochastic'", "got None"),
+    ),
+    Row(
+        "negative seed",
+        lambda: round_tokens(LOGITS, DISTINCT, tile=2, seed=-1),
+        ArgumentError,
+        ("seed:", "0 to 2^63 - 1", "got -1"),
+    ),
+    Row(
+        "an expert twice",
+        lambda: round_tokens(LOGITS, IDS, tile=2),
+        ArgumentError,
+        ("expert_ids:", "expert 0 twice at token 0"),
+    ),
+    Row(
+        "NaN scores",
+        lambda: round_tokens(nan_logits(), DISTINCT, tile=2),
+        ArgumentError,
+        ("scores:", "token 1, expert 2"),
+    ),
+    Row(
+        "second derivative of a router",
+        lambda: twice_differentiated(),
+        UnsupportedError,
+        ("moe_route:", "double backward"),
+    ),
     Row("NaN logits", lambda: route(nan_logits(), 2), ArgumentError, ("logits:", "token 1, expert 2")),
     Row(
         "scoring",

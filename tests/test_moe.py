@@ -1,4 +1,4 @@
-"""The moe room: routers and the expert layer against the float64 meaning, on every level, layout and type."""
+"""The moe room: the expert layer against the float64 meaning, on every level, layout and type."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import tilewise.torch as twt
 from tilewise import reference
-from tilewise.errors import ArgumentError
-from tilewise.moe import ACTIVATIONS, experts, route
+from tilewise.moe import ACTIVATIONS, experts
 from tilewise.testing import assert_within_budget, force_threads, layouts, normal
 
 DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
-SCORINGS = ["softmax_topk", "softmax", "softmax_renormalised", "sigmoid"]
 
 
 def problem(
@@ -177,41 +173,11 @@ def test_relabelling_and_threads() -> None:
     assert np.array_equal(experts(**shuffled), expected[tokens])
 
 
-@pytest.mark.parametrize("scoring", SCORINGS)
-@pytest.mark.parametrize(("tokens", "count", "k"), [(0, 3, 1), (1, 1, 1), (5, 7, 7), (40, 64, 8), (3, 1000, 17)])
-def test_router_equals_the_reference(scoring: Any, tokens: int, count: int, k: int) -> None:
-    logits = normal((tokens, count), seed=count, scale=3.0)
-    bias = normal((count,), np.float64, seed=9) if scoring == "sigmoid" else None
-    for renormalise in (False, True):
-        options = {"scoring": scoring, "bias": bias, "renormalise": renormalise, "scale": 2.5}
-        ids, weights = route(logits, k, **options)
-        want_ids, want = reference.moe.route(logits, k, **options)
-        assert ids.dtype == np.int32 and weights.dtype == np.float32
-        assert np.array_equal(ids, want_ids)
-        assert np.allclose(weights, want, rtol=1e-6, atol=0)
-
-
-@given(st.lists(st.integers(-2, 2), min_size=1, max_size=12), st.integers(1, 12))
-def test_ties_go_to_the_lower_expert(logits: list[int], k: int) -> None:
-    k = min(k, len(logits))
-    ids, _ = route(np.array([logits], np.float32), k)
-    assert ids[0].tolist() == sorted(range(len(logits)), key=lambda e: (-logits[e], e))[:k]
-
-
-def test_router_on_extreme_logits() -> None:
-    ids, weights = route(np.array([[1e4, -1e4, 9999.0], [-np.inf, 0.0, -np.inf], [-np.inf] * 3], np.float32), 2)
-    assert ids.tolist() == [[0, 2], [1, 0], [0, 1]]
-    assert np.allclose(weights, [[1 / (1 + np.exp(-1)), 1 / (1 + np.e)], [1, 0], [0.5, 0.5]])
-    with pytest.raises(ArgumentError, match="NaN at token 1, expert 2"):
-        route(np.array([[0, 0, 0], [0, 0, np.nan]], np.float32), 1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_torch_operators(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, up, down = torch.randn(20, 12).to(dtype), torch.randn(4, 10, 12).to(dtype), torch.randn(4, 12, 5).to(dtype)
     logits = torch.randn(20, 4).to(dtype)
-    torch.library.opcheck(torch.ops.tilewise.moe_route.default, (logits, 2, "sigmoid", torch.zeros(4), True, 1.0))
     ids, weights = twt.moe.route(logits, 2)
     args = (x, ids, weights, None, up, down, None, None, "swiglu", "interleaved", 1.7, 7.0)
     for keep in (False, True):

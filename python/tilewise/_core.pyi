@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypedDict, final, type_check_only
 
 __all__ = [
+    "Rounding",
     "attention",
     "build_info",
     "cuda_files",
@@ -107,6 +108,7 @@ def route_backward(
     renormalise: bool,
     scale: float,
 ) -> None: ...
+
 @final
 class Rounding:
     def __len__(self) -> int: ...

@@ -1,12 +1,13 @@
 """Token rounding: a routing changed so that every expert gets whole tiles of rows.
 
-A grouped matrix product computes each expert's rows in tiles and pads the last one. With 512 rows an expert and tiles of
-128 that is an eighth of the work. Token rounding moves each expert's number of rows to a multiple of the tile instead:
-down, and the expert loses the tokens that want it least, or up, and it gets the tokens that want it most of those that
-did not choose it. Only an expert's last tile changes.
+A grouped matrix product computes each expert's rows in tiles and pads the last one. With 512 rows an expert and tiles
+of 128 that is an eighth of the work. Token rounding moves each expert's number of rows to a multiple of the tile
+instead: down, and the expert loses the tokens that want it least, or up, and it gets the tokens that want it most of
+those that did not choose it. Only an expert's last tile changes.
 
-It is a method for *training*. Which pairs a token keeps depends on the other tokens of the batch, later ones too, so use
-the router's own choice for evaluation and decoding. It pays where padding costs: on GPUs, with tiles of 64 to 256 rows.
+It is a method for *training*. Which pairs a token keeps depends on the other tokens of the batch, later ones too, so
+use the router's own choice for evaluation and decoding. It pays where padding costs: on GPUs, with tiles of 64 to 256
+rows.
 
 Source: Guo et al., SonicMoE (arXiv 2512.14080), section 5 and algorithms 4 and 6.
 """
@@ -99,17 +100,17 @@ def round_tokens(
     With f the number of tokens that chose an expert, it keeps the first c of all tokens in the order (chose it first,
     score descending, token ascending). c is one of the two multiples of `tile` around f (f itself if it is one):
 
-    ==================  ======================================================================================
-    ``"nearest"``       the nearer one; half a tile goes down (NR-f)
-    ``"stochastic"``    up with probability (f mod tile) / tile, so that c is f on average (SR-f)
-    ``"nearest_score"`` up with probability a / (a + b): a the scores of the chosen tokens of the last tile, b those
-                        of the tokens that would fill it; down where that is no number (NR-s)
-    ``"balance"``       by ascending expert, whichever keeps the sum of all changes so far nearer to 0; ties go down:
-                        the number of pairs changes by at most half a tile (Balance-f). One expert may move by up to
-                        tile - 1, not only by half a tile as the paper says.
-    ``"up"``            the upper one: no chosen pair is lost
-    ``"down"``          the lower one: no pair is added (token dropping)
-    ==================  ======================================================================================
+    =====================  ===================================================================================
+    ``"nearest"``          the nearer one; half a tile goes down (NR-f)
+    ``"stochastic"``       up with probability (f mod tile) / tile, so that c is f on average (SR-f)
+    ``"nearest_score"``    up with probability a / (a + b): a the scores of the chosen tokens of the last tile, b
+                           those of the tokens that would fill it; down where that is no number (NR-s)
+    ``"balance"``          by ascending expert, whichever keeps the sum of all changes so far nearer to 0; ties go
+                           down: the number of pairs changes by at most half a tile (Balance-f). One expert may
+                           move by up to tile - 1, not only by half a tile as the paper says.
+    ``"up"``               the upper one: no chosen pair is lost
+    ``"down"``             the lower one: no pair is added (token dropping)
+    =====================  ===================================================================================
 
     What follows from that: an expert with fewer than `tile` tokens may lose all of them, and with ``"nearest"`` and few
     tokens (top_k * tokens / experts < tile / 2) every expert may; a token may end with no expert (its output is 0) or
@@ -127,8 +128,8 @@ def round_tokens(
         tile: rows of a tile, at least 1.
         rule: see above.
         renormalise: divide each token's weights by their sum over its kept pairs.
-        seed: for ``"stochastic"`` and ``"nearest_score"``: 0 to 2^63 - 1, one for each layer, say. The draw of an expert
-            is a function of (seed, step, expert).
+        seed: for ``"stochastic"`` and ``"nearest_score"``: 0 to 2^63 - 1, one for each layer, say. The draw of an
+            expert is a function of (seed, step, expert).
         step: which rounding with that seed this is, one for each batch.
 
     Returns:
@@ -178,7 +179,7 @@ def draws(rule: str, seed: int | None, step: int) -> tuple[int, int]:
 def rounded(
     scores: Any, expert_ids: Any, weights: Any, tile: int, rule: str, renormalise: bool, seed: int, step: int
 ) -> tuple[Any, Any, Any, Any]:
-    """``(expert_ids, weights, token_ids, slots)``: as :func:`round_tokens`, and the slot of each pair, -1 for a fill."""
+    """``(expert_ids, weights, token_ids, slots)``: as :func:`round_tokens`, and each pair's slot, -1 for a fill."""
     if not 1 <= operator.index(tile) < 1 << 62:
         raise ArgumentError(f"tile: expected at least 1, got {tile}")
     held = native("scores", scores)

@@ -52,8 +52,8 @@ def route(
 
     Raises:
         ShapeError, DtypeError: see the message.
-        ArgumentError: `top_k` out of range, an unknown `scoring`, a bias or groups without a sigmoid, groups that do not
-            divide the experts, or a NaN among the logits (its place is named).
+        ArgumentError: `top_k` out of range, an unknown `scoring`, a bias or groups without a sigmoid, groups that do
+            not divide the experts, or a NaN among the logits (its place is named).
 
     Example:
         >>> import numpy as np

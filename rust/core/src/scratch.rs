@@ -3,6 +3,7 @@
 //! A fresh allocation of tens of megabytes costs a page fault every 4 KiB when it is first written: a tenth of an
 //! expert layer's time. So a few buffers a type are kept, up to [`KEPT_BYTES`]. Contents are whatever the last user left.
 
+use crate::view::large;
 use half::{bf16, f16};
 use std::ops::{Deref, DerefMut};
 use std::sync::Mutex;
@@ -46,7 +47,7 @@ impl<T: Kept> Buffer<T> {
             best.map(|i| shelf.swap_remove(i))
         };
         let kept = T::shelf().try_lock().ok().and_then(|mut shelf| fitting(&mut shelf));
-        Self { elements: kept.unwrap_or_else(|| vec![T::FRESH; len]), len }
+        Self { elements: kept.unwrap_or_else(|| large(T::FRESH, len)), len }
     }
 }
 

@@ -401,6 +401,17 @@ impl<'a> ArrayMut<'a> {
         })
     }
 
+    /// Says that all of a contiguous view will be written, most likely for the first time: a hint to the system to
+    /// put large pages under it.
+    pub fn fresh(self) -> Self {
+        let count: usize = self.shape.iter().product();
+        let strides = row_major(&self.shape);
+        if self.shape.iter().zip(strides).zip(&self.strides).all(|((&n, full), &stride)| n <= 1 || stride == full) {
+            prefer_large_pages(self.data, count * self.dtype.bytes());
+        }
+        self
+    }
+
     /// The last axis cut into `parts` equal ones: [.., n] becomes [.., parts, n / parts].
     ///
     /// # Panics
@@ -483,6 +494,11 @@ impl<'a, T: Element> Rows<'a, T> {
         self.claimed.len()
     }
 
+    /// Elements in a segment (the last one of a row may have fewer).
+    pub fn segment(&self) -> usize {
+        self.length
+    }
+
     /// Segments in a row.
     pub fn per_row(&self) -> usize {
         self.per_row
@@ -514,6 +530,36 @@ impl<'a, T: Element> Rows<'a, T> {
         // reference to it that will ever be handed out.
         unsafe { std::slice::from_raw_parts_mut(self.data.offset(offset), self.length.min(self.width - start)) }
     }
+}
+
+/// Asks the system for large pages under memory that is about to be written for the first time: a fault for every
+/// 4 KiB costs a tenth of an expert layer's backward pass. A hint about memory that its owner may well have touched
+/// already; contents stay as they are.
+#[cfg(target_os = "linux")]
+fn prefer_large_pages(data: *mut u8, bytes: usize) {
+    const LARGE: usize = 2 << 20;
+    const MADV_HUGEPAGE: i32 = 14;
+    unsafe extern "C" {
+        fn madvise(address: *mut std::ffi::c_void, length: usize, advice: i32) -> i32;
+    }
+    let first = (data as usize).next_multiple_of(LARGE);
+    let end = (data as usize).saturating_add(bytes) / LARGE * LARGE;
+    if end > first + LARGE {
+        // SAFETY: whole pages inside memory that the caller may write; the advice changes no contents. It may be
+        // refused (an old kernel, a setting): then pages stay small.
+        unsafe { madvise(first as *mut std::ffi::c_void, end - first, MADV_HUGEPAGE) };
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn prefer_large_pages(_: *mut u8, _: usize) {}
+
+/// A vector of `len` copies of `value`, on large pages where the system has them.
+pub fn large<T: Copy>(value: T, len: usize) -> Vec<T> {
+    let mut elements: Vec<T> = Vec::with_capacity(len);
+    prefer_large_pages(elements.as_mut_ptr().cast::<u8>(), len * size_of::<T>());
+    elements.resize(len, value);
+    elements
 }
 
 fn row_major(shape: &[usize]) -> Vec<isize> {

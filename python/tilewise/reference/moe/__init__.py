@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from tilewise.reference.moe.layer import GATED, PLAIN, activate, experts
-from tilewise.reference.moe.routers import SCORINGS, route
+from tilewise.reference.moe.rounding import RULES, round_tokens
+from tilewise.reference.moe.routers import SCORINGS, load_balance_loss, route
 
-__all__ = ["GATED", "PLAIN", "SCORINGS", "activate", "experts", "route"]
+__all__ = [
+    "GATED",
+    "PLAIN",
+    "RULES",
+    "SCORINGS",
+    "activate",
+    "experts",
+    "load_balance_loss",
+    "round_tokens",
+    "route",
+]

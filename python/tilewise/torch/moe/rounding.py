@@ -14,9 +14,7 @@ from tilewise.torch._library import define, differentiate, refuse_device
 __all__ = ["round_tokens"]
 
 
-def _fake(
-    scores: torch.Tensor, *_: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _fake(scores: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     pairs = torch.library.get_ctx().new_dynamic_size()
     ids, tokens, slots = (scores.new_empty(pairs, dtype=torch.int32) for _ in range(3))
     weights = scores.new_empty(pairs, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
@@ -56,15 +54,15 @@ def _backward_fake(
 
 _round_tokens = define(
     "moe_round_tokens",
-    "(Tensor scores, Tensor expert_ids, Tensor? weights, int tile, str rule, bool renormalise, SymInt seed, SymInt step) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor scores, Tensor expert_ids, Tensor? weights, int tile, str rule, bool renormalise, SymInt seed, "
+    "SymInt step) -> (Tensor, Tensor, Tensor, Tensor)",
     rounded,
     _fake,
 )
 _round_tokens_backward = define(
     "moe_round_tokens_backward",
-    "(Tensor grad, Tensor scores, Tensor? weights, Tensor expert_ids, Tensor token_ids, Tensor slots, bool renormalise) "
-    "-> (Tensor, Tensor)",
+    "(Tensor grad, Tensor scores, Tensor? weights, Tensor expert_ids, Tensor token_ids, Tensor slots, "
+    "bool renormalise) -> (Tensor, Tensor)",
     _backward_kernel,
     _backward_fake,
 )

@@ -112,9 +112,7 @@ def route(
     return _route(logits, top_k, scoring, bias, renormalise, float(scale), groups, kept)
 
 
-def load_balance_loss(
-    logits: torch.Tensor, expert_ids: torch.Tensor, *, probabilities: bool = False
-) -> torch.Tensor:
+def load_balance_loss(logits: torch.Tensor, expert_ids: torch.Tensor, *, probabilities: bool = False) -> torch.Tensor:
     """The auxiliary load-balance loss, as in :func:`tilewise.moe.load_balance_loss`: a differentiable scalar.
 
     Plain torch operations: the softmax is float32 (float64 for float64 logits) and is what backward keeps, one tensor

@@ -19,9 +19,11 @@ pub mod table;
 mod vector;
 
 use crate::error::{Error, Result};
+use crate::view::Matrix;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 pub use kernel::activation::Activation;
+pub use kernel::tile::Ahead;
 pub use table::{HalfTable, Kernel, Online, Round, Table, half_table};
 
 /// Instruction-set levels, weakest first.
@@ -160,5 +162,26 @@ mod tests {
         }
         let text = Level::named("sse9").unwrap_err().to_string();
         assert!(text.contains("sse9") && text.contains("scalar"), "{text}");
+    }
+}
+
+/// Asks for the memory of a matrix whose rows are contiguous (others are left alone). A hint.
+#[inline]
+pub fn prefetch<T: Copy>(matrix: Matrix<'_, T>) {
+    const LINE: usize = 64;
+    for i in 0..matrix.rows() {
+        let Some(row) = matrix.row(i) else { return };
+        let start = row.as_ptr().cast::<u8>();
+        let mut at = 0;
+        while at < std::mem::size_of_val(row) {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a hint; SSE is part of x86-64.
+            unsafe {
+                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(start.wrapping_add(at).cast());
+            }
+            at += LINE;
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = start;
     }
 }

@@ -13,6 +13,7 @@ use super::{Level, level, scalar};
 use crate::dtype::{Float, Real};
 use crate::scratch::Kept;
 use crate::view::Matrix;
+use std::ops::Range;
 
 /// Rows of B that a streaming product asks for in advance.
 const AHEAD: isize = 24;
@@ -22,6 +23,7 @@ pub struct Table<T: Real> {
     lanes: usize,
     registers: usize,
     tile: unsafe fn(&tile::Args<T, T, T>),
+    walk: unsafe fn(&tile::Args<T, T, T>),
     stream: unsafe fn(&tile::Args<T, T, T>),
     rows: unsafe fn(&rows::Args<T, T>),
     softmax: unsafe fn(&softmax::Args<T>) -> bool,
@@ -41,12 +43,14 @@ pub struct HalfTable {
     lanes: usize,
     registers: usize,
     tile: unsafe fn(&tile::Args<u32, u32, f32>),
+    walk: unsafe fn(&tile::Args<u32, u32, f32>),
     widen: unsafe fn(&tile::Args<f32, u16, f32>),
     rows: unsafe fn(&rows::Args<u32, f32>),
     softmax: unsafe fn(&softmax::Args<f32>) -> bool,
     interleave: unsafe fn(*const f32, usize, usize, *mut u32),
     round: unsafe fn(*const f32, *mut u16, usize),
     widen_row: unsafe fn(*const u16, *mut f32, usize),
+    round_rows: unsafe fn(*const f32, usize, usize, &[*mut u16]),
     unpack: unsafe fn(*const f32, usize, usize, &[*mut u16]),
     stack: unsafe fn(*const u16, *const u16, usize, usize, usize, *mut u32),
 }
@@ -104,6 +108,7 @@ fn tile_args<A: Copy, B: Copy, T>(
         rows: a.rows(),
         width,
         accumulate,
+        ahead: std::ptr::null_mut(),
     }
 }
 
@@ -174,6 +179,25 @@ impl<T: Real> Table<T> {
         let args = tile_args(self.lanes, self.registers, a, b, c, c_row, accumulate);
         // SAFETY: extents checked; `Matrix` covers its own; the level is available (module docs).
         unsafe { (self.tile)(&args) }
+    }
+
+    /// As [`tile`](Self::tile), asking for memory meanwhile.
+    pub fn tile_ahead(
+        &self,
+        a: Matrix<'_, T>,
+        b: Matrix<'_, T>,
+        c: &mut [T],
+        c_row: usize,
+        accumulate: bool,
+        ahead: &mut tile::Ahead,
+    ) {
+        if ahead.is_done() {
+            return self.tile(a, b, c, c_row, accumulate);
+        }
+        let mut args = tile_args(self.lanes, self.registers, a, b, c, c_row, accumulate);
+        args.ahead = ahead;
+        // SAFETY: as above; `ahead` is borrowed for the call.
+        unsafe { (self.walk)(&args) }
     }
 
     /// As [`tile`](Self::tile), for a B that comes from memory.
@@ -285,6 +309,25 @@ impl HalfTable {
         unsafe { (self.tile)(&args) }
     }
 
+    /// As [`Table::tile_ahead`], on bfloat16 pairs.
+    pub fn tile_ahead(
+        &self,
+        a: Matrix<'_, u32>,
+        b: Matrix<'_, u32>,
+        c: &mut [f32],
+        c_row: usize,
+        accumulate: bool,
+        ahead: &mut tile::Ahead,
+    ) {
+        if ahead.is_done() {
+            return self.tile(a, b, c, c_row, accumulate);
+        }
+        let mut args = tile_args(self.lanes, self.registers, a, b, c, c_row, accumulate);
+        args.ahead = ahead;
+        // SAFETY: extents checked; `ahead` is borrowed for the call; level as in `Table`.
+        unsafe { (self.walk)(&args) }
+    }
+
     /// As [`Table::tile`], single precision times bfloat16 lanes.
     pub fn widen(&self, a: Matrix<'_, f32>, b: Matrix<'_, half::bf16>, c: &mut [f32], c_row: usize, accumulate: bool) {
         let args = tile_args(self.lanes, self.registers, a, b, c, c_row, accumulate);
@@ -302,6 +345,7 @@ impl HalfTable {
                 rows: args.rows,
                 width: args.width,
                 accumulate,
+                ahead: args.ahead,
             })
         }
     }
@@ -346,6 +390,20 @@ impl HalfTable {
         unsafe { (self.round)(from.as_ptr(), to.as_mut_ptr().cast(), from.len()) }
     }
 
+    /// Rounds the rows of a block, `step` apart, to `rows[r][first..first + count]`.
+    pub fn round_rows(&self, block: &[f32], step: usize, rows: &mut [&mut [half::bf16]], columns: Range<usize>) {
+        let mut pointers = [std::ptr::null_mut(); 64];
+        for (part, rows) in rows.chunks_mut(pointers.len()).enumerate() {
+            let block = &block[part * pointers.len() * step..];
+            assert!((rows.len() - 1) * step + columns.len() <= block.len(), "round_rows: block too short");
+            for (slot, row) in pointers.iter_mut().zip(rows.iter_mut()) {
+                *slot = row[columns.clone()].as_mut_ptr().cast();
+            }
+            // SAFETY: block and rows checked; `bf16` is a transparent `u16`; level as in `Table`.
+            unsafe { (self.round_rows)(block.as_ptr(), step, columns.len(), &pointers[..rows.len()]) }
+        }
+    }
+
     /// Widens a row.
     pub fn widen_row(&self, from: &[half::bf16], to: &mut [f32]) {
         assert_eq!(from.len(), to.len());
@@ -388,6 +446,12 @@ impl HalfTable {
 pub trait Round: Float + Kept {
     /// Rounds a row of accumulators (nearest even); rows of one length.
     fn round(from: &[Self::Acc], to: &mut [Self]);
+    /// Rounds the rows of a block, `step` apart, to the same columns of `rows`.
+    fn round_rows(block: &[Self::Acc], step: usize, rows: &mut [&mut [Self]], columns: Range<usize>) {
+        for (row, sums) in rows.iter_mut().zip(block.chunks(step)) {
+            Self::round(&sums[..columns.len()], &mut row[columns.clone()]);
+        }
+    }
     /// Widens a row, exactly; rows of one length.
     fn widen_row(from: &[Self], to: &mut [Self::Acc]);
     /// A lane-major block, rounded, into rows: `rows[r][j] = block[j * width + r]` for `j < count`.
@@ -434,6 +498,9 @@ impl Round for half::bf16 {
     fn round(from: &[f32], to: &mut [half::bf16]) {
         half_table().round(from, to);
     }
+    fn round_rows(block: &[f32], step: usize, rows: &mut [&mut [half::bf16]], columns: Range<usize>) {
+        half_table().round_rows(block, step, rows, columns);
+    }
     fn widen_row(from: &[half::bf16], to: &mut [f32]) {
         half_table().widen_row(from, to);
     }
@@ -456,12 +523,17 @@ macro_rules! table {
             $(#[$gate])*
             unsafe fn tile_entry(args: &tile::Args<$t, $t, $t>) {
                 // SAFETY: the caller of a table's entry guarantees `Args`.
-                unsafe { tile::tile::<Plain<V>, $m1, $m2, $m3, 0>(args) }
+                unsafe { tile::tile::<Plain<V>, $m1, $m2, $m3, 0, false>(args) }
+            }
+            $(#[$gate])*
+            unsafe fn walk_entry(args: &tile::Args<$t, $t, $t>) {
+                // SAFETY: as above.
+                unsafe { tile::tile::<Plain<V>, $m1, $m2, $m3, 0, true>(args) }
             }
             $(#[$gate])*
             unsafe fn stream_entry(args: &tile::Args<$t, $t, $t>) {
                 // SAFETY: as above.
-                unsafe { tile::tile::<Plain<V>, $m1, $m2, $m3, AHEAD>(args) }
+                unsafe { tile::tile::<Plain<V>, $m1, $m2, $m3, AHEAD, false>(args) }
             }
             $(#[$gate])*
             unsafe fn rows_entry(args: &rows::Args<$t, $t>) {
@@ -524,6 +596,7 @@ macro_rules! table {
                 lanes: <V as Vector>::LANES,
                 registers: $registers,
                 tile: tile_entry,
+                walk: walk_entry,
                 stream: stream_entry,
                 rows: rows_entry,
                 softmax: softmax_entry,
@@ -547,12 +620,17 @@ macro_rules! half_table {
             $(#[$gate])*
             unsafe fn tile_entry(args: &tile::Args<u32, u32, f32>) {
                 // SAFETY: the caller of a table's entry guarantees `Args`.
-                unsafe { tile::tile::<$dot, $m1, $m2, $m3, 0>(args) }
+                unsafe { tile::tile::<$dot, $m1, $m2, $m3, 0, false>(args) }
+            }
+            $(#[$gate])*
+            unsafe fn walk_entry(args: &tile::Args<u32, u32, f32>) {
+                // SAFETY: as above.
+                unsafe { tile::tile::<$dot, $m1, $m2, $m3, 0, true>(args) }
             }
             $(#[$gate])*
             unsafe fn widen_entry(args: &tile::Args<f32, u16, f32>) {
                 // SAFETY: as above.
-                unsafe { tile::tile::<Widen<V>, $m1, $m2, $m3, AHEAD>(args) }
+                unsafe { tile::tile::<Widen<V>, $m1, $m2, $m3, AHEAD, false>(args) }
             }
             $(#[$gate])*
             unsafe fn rows_entry(args: &rows::Args<u32, f32>) {
@@ -575,6 +653,11 @@ macro_rules! half_table {
                 unsafe { pointwise::round::<V>(from, to, count) }
             }
             $(#[$gate])*
+            unsafe fn round_rows_entry(block: *const f32, step: usize, count: usize, rows: &[*mut u16]) {
+                // SAFETY: as above.
+                unsafe { pointwise::round_rows::<V>(block, step, count, rows) }
+            }
+            $(#[$gate])*
             unsafe fn widen_row_entry(from: *const u16, to: *mut f32, count: usize) {
                 // SAFETY: as above.
                 unsafe { pointwise::widen::<V>(from, to, count) }
@@ -592,11 +675,13 @@ macro_rules! half_table {
             pub static TABLE: HalfTable = HalfTable {
                 round: round_entry,
                 widen_row: widen_row_entry,
+                round_rows: round_rows_entry,
                 unpack: unpack_entry,
                 stack: stack_entry,
                 lanes: <V as Vector>::LANES,
                 registers: $registers,
                 tile: tile_entry,
+                walk: walk_entry,
                 widen: widen_entry,
                 rows: rows_entry,
                 softmax: softmax_entry,

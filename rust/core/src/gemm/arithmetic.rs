@@ -9,7 +9,7 @@
 //! | bf16 | two bf16 in 32 bits | f32 | dot-product unit, or two fused multiply-adds |
 //! | f16 | f32 (converted) | f32 | fused multiply-add |
 
-use crate::arch::{Kernel, Online, Round, half_table};
+use crate::arch::{Ahead, Kernel, Online, Round, half_table};
 use crate::dtype::{Float, Real};
 use crate::view::Matrix;
 use half::{bf16, f16};
@@ -29,6 +29,15 @@ pub trait Arithmetic: Round + Float<Acc: Kernel> {
     fn pack(lines: &[&[Self::Unit]], depth: usize, width: usize, panel: &mut [Self::Unit]);
     /// Broadcast A times lanes of B; see [`Table::tile`](crate::arch::Table::tile).
     fn tile(a: Matrix<'_, Self::Unit>, b: Matrix<'_, Self::Unit>, c: &mut [Self::Acc], c_row: usize, accumulate: bool);
+    /// As [`tile`](Self::tile), asking for memory meanwhile.
+    fn tile_ahead(
+        a: Matrix<'_, Self::Unit>,
+        b: Matrix<'_, Self::Unit>,
+        c: &mut [Self::Acc],
+        c_row: usize,
+        accumulate: bool,
+        ahead: &mut Ahead,
+    );
     /// Inner products along the units; see [`Table::rows`](crate::arch::Table::rows).
     fn rows(x: Matrix<'_, Self::Unit>, w: Matrix<'_, Self::Unit>, out: &mut [Self::Acc], out_row: usize);
     /// A lane-major block of accumulators as units along its rows (rounded to the source type).
@@ -98,7 +107,17 @@ macro_rules! plain {
             fn tile(a: Matrix<'_, $t>, b: Matrix<'_, $t>, c: &mut [$t], c_row: usize, accumulate: bool) {
                 <$t>::table().tile(a, b, c, c_row, accumulate);
             }
-            fn rows(x: Matrix<'_, $t>, w: Matrix<'_, $t>, out: &mut [$t], out_row: usize) {
+            fn tile_ahead(
+        a: Matrix<'_, $t>,
+        b: Matrix<'_, $t>,
+        c: &mut [$t],
+        c_row: usize,
+        accumulate: bool,
+        ahead: &mut Ahead,
+    ) {
+        <$t>::table().tile_ahead(a, b, c, c_row, accumulate, ahead);
+    }
+    fn rows(x: Matrix<'_, $t>, w: Matrix<'_, $t>, out: &mut [$t], out_row: usize) {
                 <$t>::table().rows(x, w, out, out_row);
             }
             fn seal(block: &[$t], rows: usize, width: usize, units: &mut [$t]) {
@@ -159,6 +178,16 @@ impl Arithmetic for f16 {
     }
     fn tile(a: Matrix<'_, f32>, b: Matrix<'_, f32>, c: &mut [f32], c_row: usize, accumulate: bool) {
         f32::tile(a, b, c, c_row, accumulate);
+    }
+    fn tile_ahead(
+        a: Matrix<'_, f32>,
+        b: Matrix<'_, f32>,
+        c: &mut [f32],
+        c_row: usize,
+        accumulate: bool,
+        ahead: &mut Ahead,
+    ) {
+        f32::table().tile_ahead(a, b, c, c_row, accumulate, ahead);
     }
     fn rows(x: Matrix<'_, f32>, w: Matrix<'_, f32>, out: &mut [f32], out_row: usize) {
         <f32 as Arithmetic>::rows(x, w, out, out_row);
@@ -226,6 +255,16 @@ impl Arithmetic for bf16 {
     }
     fn tile(a: Matrix<'_, u32>, b: Matrix<'_, u32>, c: &mut [f32], c_row: usize, accumulate: bool) {
         half_table().tile(a, b, c, c_row, accumulate);
+    }
+    fn tile_ahead(
+        a: Matrix<'_, u32>,
+        b: Matrix<'_, u32>,
+        c: &mut [f32],
+        c_row: usize,
+        accumulate: bool,
+        ahead: &mut Ahead,
+    ) {
+        half_table().tile_ahead(a, b, c, c_row, accumulate, ahead);
     }
     fn rows(x: Matrix<'_, u32>, w: Matrix<'_, u32>, out: &mut [f32], out_row: usize) {
         half_table().rows(x, w, out, out_row);

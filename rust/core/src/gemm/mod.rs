@@ -19,7 +19,7 @@ pub mod pack;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use crate::arch::Round;
+use crate::arch::{Ahead, Round};
 use crate::dtype::{Dtype, Element, Real};
 use crate::error::{Error, Result};
 use crate::threads;
@@ -162,7 +162,7 @@ fn panels<S: Arithmetic, O: Round<Acc = S::Acc>>(
                 let mut targets: Vec<&mut [O]> = (0..rows).map(|r| out.take(number(r))).collect();
                 for panel in (segment * per_segment..(segment + 1) * per_segment).take_while(|&panel| panel < count) {
                     let right = Matrix::new(&packed[panel * units * width..], units, width, width);
-                    accumulate::<S>(left, right, block, width);
+                    accumulate::<S>(left, right, block, width, &mut Ahead::default());
                     let at = panel * width - segment * SEGMENT;
                     for (target, line) in targets.iter_mut().zip(block.chunks(width)) {
                         let end = target.len().min(at + width);
@@ -176,12 +176,13 @@ fn panels<S: Arithmetic, O: Round<Acc = S::Acc>>(
 }
 
 /// `block = A * panel`, chunk by chunk along the reduction: the piece of the panel that all strips of A read stays in the
-/// first-level cache. Rows of `block` are `block_row` apart.
+/// first-level cache. Rows of `block` are `block_row` apart; `ahead` is asked for meanwhile.
 pub(crate) fn accumulate<S: Arithmetic>(
     a: Matrix<'_, S::Unit>,
     panel: Matrix<'_, S::Unit>,
     block: &mut [S::Acc],
     block_row: usize,
+    ahead: &mut Ahead,
 ) {
     let units = a.cols();
     let chunk = chunk::<S>(panel.cols());
@@ -189,7 +190,7 @@ pub(crate) fn accumulate<S: Arithmetic>(
     loop {
         let end = units.min(start + chunk);
         let piece = panel.part(start..end, 0..panel.cols());
-        S::tile(a.part(0..a.rows(), start..end), piece, block, block_row, start > 0);
+        S::tile_ahead(a.part(0..a.rows(), start..end), piece, block, block_row, start > 0, ahead);
         start = end;
         if start >= units {
             break;
@@ -197,10 +198,14 @@ pub(crate) fn accumulate<S: Arithmetic>(
     }
 }
 
-/// Lines of a block that [`pack::stacked`] makes for [`accumulate_across`].
-pub(crate) const ACROSS: usize = 16;
+/// Lines in a block of the left operand of [`accumulate_across`]: a register of them where the reduction is long, since
+/// every step of it starts a new line of the cache; more where all of a block stays in the first level.
+pub(crate) fn across<S: Arithmetic>(units: usize) -> usize {
+    const BLOCK_BYTES: usize = 12 << 10;
+    [96, 48].into_iter().find(|lines| lines * units * size_of::<S::Unit>() <= BLOCK_BYTES).unwrap_or(16)
+}
 
-/// As [`accumulate`], for an A whose lines the reduction runs across: `left` holds blocks of [`ACROSS`] lines as
+/// As [`accumulate`], for an A whose lines the reduction runs across: `left` holds blocks of [`across`] lines as
 /// [`pack::stacked`] left them, of which `lines` count.
 pub(crate) fn accumulate_across<S: Arithmetic>(
     left: &[S::Unit],
@@ -210,14 +215,15 @@ pub(crate) fn accumulate_across<S: Arithmetic>(
     block_row: usize,
 ) {
     let units = panel.rows();
-    let chunk = chunk::<S>(panel.cols());
+    let (chunk, across) = (chunk::<S>(panel.cols()), across::<S>(units));
+    let step = pack::block_step(units, across);
     let mut start = 0;
     loop {
         let end = units.min(start + chunk);
         let piece = panel.part(start..end, 0..panel.cols());
-        for (number, first) in (0..lines).step_by(ACROSS).enumerate() {
-            let count = ACROSS.min(lines - first);
-            let part = Matrix::new(&left[(number * units + start) * ACROSS..], end - start, ACROSS, ACROSS);
+        for (number, first) in (0..lines).step_by(across).enumerate() {
+            let count = across.min(lines - first);
+            let part = Matrix::new(&left[number * step + start * across..], end - start, across, across);
             let a = part.part(0..end - start, 0..count).transposed();
             S::tile(a, piece, &mut block[first * block_row..], block_row, start > 0);
         }
@@ -229,7 +235,7 @@ pub(crate) fn accumulate_across<S: Arithmetic>(
 }
 
 /// Units of the reduction whose piece of a panel fits the first-level cache.
-fn chunk<S: Arithmetic>(width: usize) -> usize {
+pub(crate) fn chunk<S: Arithmetic>(width: usize) -> usize {
     (CHUNK_BYTES / (width * size_of::<S::Unit>())).max(16)
 }
 

@@ -3,7 +3,11 @@
 //! A *line* runs along the reduction. Lines come from a matrix, in order or gathered by an index list.
 
 use super::arithmetic::Arithmetic;
+use crate::arch::prefetch;
 use crate::view::Matrix;
+
+/// Steps of a reduction whose rows are asked for in advance: gathered or cut rows are too short for the machine to guess.
+const AHEAD: usize = 6;
 
 /// Lines of a matrix: all of them, or the ones an index list names.
 #[derive(Clone, Copy)]
@@ -36,6 +40,14 @@ impl<'a, S: Arithmetic> Lines<'a, S> {
     /// Elements in a line.
     pub fn depth(&self) -> usize {
         self.matrix.cols()
+    }
+
+    /// Lines `range` of these.
+    pub fn range(&self, range: std::ops::Range<usize>) -> Self {
+        match self.gather {
+            Some(gather) => Self { matrix: self.matrix, gather: Some(&gather[range]) },
+            None => Self { matrix: self.matrix.part(range, 0..self.matrix.cols()), gather: None },
+        }
     }
 
     /// Lines `first` and, where there is one, `first + 1`, as a matrix: what one unit of a reduction across lines holds.
@@ -77,8 +89,14 @@ pub fn compact<S: Arithmetic>(
     }
 }
 
+/// Distance, in units, between the blocks of [`stacked`]: one line of the cache more than they hold, so that blocks
+/// written side by side do not fall into one set of the first level.
+pub fn block_step(units: usize, width: usize) -> usize {
+    units * width + 16
+}
+
 /// Columns of lines that the reduction runs *across*, in blocks: block b holds unit k of columns
-/// `first + b * width ..` at `blocks[(b * units + k) * width ..]`. The last block is zero up to whole registers and
+/// `first + b * width ..` at `blocks[b * block_step(units, width) + k * width ..]`. The last block is zero up to whole registers and
 /// unspecified beyond. Returns the units of the reduction. `scratch` is as in [`panel`].
 pub fn stacked<S: Arithmetic>(
     lines: &Lines<'_, S>,
@@ -88,7 +106,7 @@ pub fn stacked<S: Arithmetic>(
     scratch: &mut Vec<S::Unit>,
 ) -> usize {
     let units = S::units(lines.len());
-    let step = units * width;
+    let step = block_step(units, width);
     let len = columns.len().div_ceil(width) * step;
     if blocks.len() < len {
         blocks.resize(len, S::Unit::default());
@@ -103,9 +121,15 @@ pub fn stacked<S: Arithmetic>(
         }
         return units;
     }
-    for k in 0..units {
+    let rows_of = |k: usize| {
         let rows = lines.step(k * S::PER_UNIT);
-        let rows = rows.part(0..rows.rows(), columns.clone());
+        rows.part(0..rows.rows(), columns.clone())
+    };
+    for k in 0..units {
+        if k + AHEAD < units {
+            prefetch(rows_of(k + AHEAD));
+        }
+        let rows = rows_of(k);
         S::stack_blocks(rows, width, step, &mut blocks[k * width..len]);
     }
     units

@@ -66,7 +66,7 @@ fn typed<S: Arithmetic>(
     let count = layer.routing.count();
     // Every row is written by stage 1 or 2 before stage 3 reads it.
     let mut sums = Buffer::<S::Acc>::new(count * layer.width);
-    let pre = pre_activation.map(|array| array.split_last(layer.halves()).segments::<S>(lines::SEGMENT));
+    let pre = pre_activation.map(|array| array.fresh().split_last(layer.halves()).segments::<S>(lines::SEGMENT));
     if let Some(pre) = &pre {
         // Pairs without a row leave the last rows over.
         for segment in count * layer.halves() * pre.per_row()..pre.len() {

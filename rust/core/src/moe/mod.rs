@@ -20,8 +20,12 @@ pub mod problem;
 pub mod rounding;
 pub mod rounding_backward;
 pub mod rounding_rules;
+#[cfg(test)]
+mod rounding_tests;
 pub mod route;
 pub mod route_backward;
+#[cfg(test)]
+mod route_tests;
 pub mod routing;
 mod score;
 mod slopes;

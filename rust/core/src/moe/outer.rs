@@ -2,10 +2,11 @@
 //!
 //! ```text
 //! for each expert, each block of lines of the result:
-//!     stack the left operand's columns (rows gathered), 16 lines a block
-//!     for each panel of columns of the result:
+//!     stack the left operand's columns (rows gathered), a few lines a block
+//!     for each group of columns of the result:
 //!         stack the right operand's columns (rows gathered)
-//!         C = left^T right                            one pass over the expert's rows, rounded once
+//!         for each strip of lines, each panel of the group:
+//!             C = left^T right                        one pass over the expert's rows, rounded once
 //! ```
 //! Departures: (1) the gather is the packing: neither X nor dO is ever copied row by row; (2) the result is cut into
 //! tasks, never the rows, so nothing is reduced across threads; (3) experts without rows get zeros here, since their
@@ -17,15 +18,17 @@ use crate::dtype::Real;
 use crate::error::Result;
 use crate::gemm::arithmetic::Arithmetic;
 use crate::gemm::pack::{self, Lines};
-use crate::gemm::{ACROSS, accumulate_across};
+use crate::gemm::{accumulate_across, across};
 use crate::threads;
 use crate::view::{ArrayMut, Matrix, Rows};
 use std::ops::Range;
 
-/// Columns of the result in a segment.
+/// Columns of the result whose right operand is stacked at a time.
 const GROUP: usize = 384;
+/// Lines of the result that are multiplied at a time: a multiple of every block of the left operand.
+const STRIP: usize = 96;
 /// Most lines of the result in a task.
-const LINES: usize = 576;
+const LINES: usize = 1152;
 /// Size of the stacked left operand.
 const LEFT_BYTES: usize = 768 << 10;
 
@@ -48,31 +51,32 @@ struct Product<'a, S: Arithmetic> {
 impl<S: Arithmetic> Product<'_, S> {
     fn run(&self, out: &Rows<'_, S>, number: impl Fn(usize) -> usize, scratch: &mut Scratch<S>) {
         let Scratch { left, right, line, block } = scratch;
-        let lines = self.lines.len();
-        let mut targets: Vec<&mut [S]> = Vec::with_capacity(lines);
         let full = S::panel();
-        if !self.left.is_empty() {
-            pack::stacked(&self.left, self.lines.clone(), ACROSS, left, line);
-            if block.len() < lines * full {
-                block.resize(lines * full, S::Acc::ZERO);
-            }
+        let units = S::units(self.left.len());
+        let across = across::<S>(units);
+        if units > 0 {
+            pack::stacked(&self.left, self.lines.clone(), across, left, line);
+            block.resize((STRIP * full).max(block.len()), S::Acc::ZERO);
+        }
+        let origin = self.columns.start;
+        let segment = |i: usize| out.take(number(i) * out.per_row() + origin / out.segment());
+        let mut targets: Vec<&mut [S]> = self.lines.clone().map(segment).collect();
+        if units == 0 {
+            return targets.iter_mut().for_each(|target| target.fill(S::narrow(S::Acc::ZERO)));
         }
         for start in self.columns.clone().step_by(GROUP) {
             let end = self.columns.end.min(start + GROUP);
-            targets.clear();
-            targets.extend(self.lines.clone().map(|i| out.take(number(i) * out.per_row() + start / GROUP)));
-            if self.left.is_empty() {
-                targets.iter_mut().for_each(|target| target.fill(S::narrow(S::Acc::ZERO)));
-                continue;
-            }
-            for first in (start..end).step_by(full) {
-                let count = full.min(end - first);
-                let width = count.next_multiple_of(S::lanes());
-                let units = pack::stacked(&self.right, first..first + count, full, right, line);
-                let panel = Matrix::new(right, units, width, full);
-                accumulate_across::<S>(left, lines, panel, block, full);
-                for (target, sums) in targets.iter_mut().zip(block.chunks(full)) {
-                    S::round(&sums[..count], &mut target[first - start..first - start + count]);
+            pack::stacked(&self.right, start..end, full, right, line);
+            for first in self.lines.clone().step_by(STRIP) {
+                let lines = STRIP.min(self.lines.end - first);
+                let targets = &mut targets[first - self.lines.start..][..lines];
+                let strip = &left[(first - self.lines.start) / across * pack::block_step(units, across)..];
+                for (p, column) in (start..end).step_by(full).enumerate() {
+                    let count = full.min(end - column);
+                    let width = count.next_multiple_of(S::lanes());
+                    let panel = Matrix::new(&right[p * pack::block_step(units, full)..], units, width, full);
+                    accumulate_across::<S>(strip, lines, panel, block, full);
+                    S::round_rows(block, full, targets, column - origin..column - origin + count);
                 }
             }
         }
@@ -89,8 +93,8 @@ pub(super) fn weights<S: Arithmetic>(
 ) -> Result<()> {
     let layer = stage.layer;
     let (d, n, halves) = (layer.width, layer.hidden, layer.halves());
-    let gate_up = gate_up.map(|array| array.segments::<S>(GROUP));
-    let down = down.map(|array| array.segments::<S>(GROUP));
+    let gate_up = gate_up.map(|array| array.fresh().segments::<S>(wide(d)));
+    let down = down.map(|array| array.fresh().segments::<S>(wide(n)));
     let x = layer.x.matrix::<S>(&[]);
     let mut tasks = Vec::new();
     for expert in 0..layer.experts() {
@@ -109,7 +113,8 @@ pub(super) fn weights<S: Arithmetic>(
         (layer.routing.of(*expert).len() + 8) * lines.len() * columns.len()
     };
     tasks.sort_by_key(|task| std::cmp::Reverse(size(task)));
-    let scratch = || Scratch::<S> { left: Vec::new(), right: Vec::new(), line: Vec::new(), block: Vec::new() };
+    let scratch =
+        || Scratch::<S> { left: Vec::new(), right: Vec::new(), line: Vec::new(), block: Vec::new() };
     threads::for_each(tasks.len(), stage.serial, scratch, |task, scratch| {
         let (expert, first, lines, columns) = tasks[task].clone();
         let rows = layer.routing.of(expert);
@@ -126,15 +131,22 @@ pub(super) fn weights<S: Arithmetic>(
     })
 }
 
+/// Columns of the result in a task: few enough that one hot expert makes tasks for all, as many as keep the left
+/// operand from being stacked again and again.
+fn wide(columns: usize) -> usize {
+    let parts = columns.div_ceil(GROUP).div_ceil(6).max(1);
+    columns.div_ceil(parts).next_multiple_of(GROUP).max(GROUP)
+}
+
 /// Cuts a result of `lines` x `columns` over `rows` rows into tasks whose left operand fits the second-level cache.
 fn cut<S: Arithmetic>(rows: usize, lines: usize, columns: usize, mut task: impl FnMut(Range<usize>, Range<usize>)) {
-    let fitting = LEFT_BYTES / (size_of::<S::Unit>() * S::units(rows).max(1)) / ACROSS * ACROSS;
-    let most = fitting.clamp(4 * ACROSS, LINES);
+    let units = S::units(rows).max(1);
+    let across = across::<S>(units);
+    let fitting = LEFT_BYTES / (size_of::<S::Unit>() * units) / across * across;
+    let most = fitting.clamp(4 * across, LINES);
     let blocks = lines.div_ceil(most).max(1);
-    let each = lines.div_ceil(blocks).next_multiple_of(ACROSS);
-    // Enough tasks for one hot expert, few enough that the left operand is not stacked again and again.
-    let parts = columns.div_ceil(GROUP).div_ceil(4).max(1);
-    let wide = columns.div_ceil(parts).next_multiple_of(GROUP);
+    let each = lines.div_ceil(blocks).next_multiple_of(across);
+    let wide = wide(columns);
     for first in (0..lines).step_by(each) {
         for start in (0..columns).step_by(wide) {
             task(first..lines.min(first + each), start..columns.min(start + wide));

@@ -9,11 +9,11 @@
 //! ```
 //! Departures: (1) the gather is the packing of the panel, tokens are never copied otherwise; (2) lanes are tokens in
 //! both products, so the activation's output *is* the second product's panel: no transposition, no store to memory in
-//! between; (3) weights are streamed once per block of up to [`ROWS`] tokens.
+//! between; (3) weights are streamed once per block of up to [`ROWS`] tokens, the next features' while these are multiplied.
 
-use super::lines;
 use super::problem::Layer;
-use crate::arch::Kernel;
+use super::lines;
+use crate::arch::{Ahead, Kernel};
 use crate::dtype::Real;
 use crate::gemm::accumulate;
 use crate::gemm::arithmetic::Arithmetic;
@@ -34,6 +34,7 @@ pub struct Scratch<S: Arithmetic> {
     weights: Vec<S::Unit>,
     gate: Vec<S::Acc>,
     up: Vec<S::Acc>,
+    ahead: Ahead,
 }
 
 impl<S: Arithmetic> Default for Scratch<S> {
@@ -45,16 +46,24 @@ impl<S: Arithmetic> Default for Scratch<S> {
             weights: Vec::new(),
             gate: Vec::new(),
             up: Vec::new(),
+            ahead: Ahead::default(),
         }
     }
 }
 
-/// Panels of a block of tokens: (first row, rows, lanes).
+/// Panels of a block of tokens: (first row, rows, lanes), as even as registers allow: a panel of one register reads
+/// as much to multiply as one of three.
 fn panels<S: Arithmetic>(rows: &Range<usize>) -> Vec<(usize, usize, usize)> {
-    let width = S::panel();
-    let cut =
-        |start: usize| (start, width.min(rows.end - start), width.min((rows.end - start).next_multiple_of(S::lanes())));
-    rows.clone().step_by(width).map(cut).collect()
+    let registers = rows.len().div_ceil(S::lanes());
+    let count = rows.len().div_ceil(S::panel());
+    let mut start = rows.start;
+    let mut cut = |panel: usize| {
+        let width = S::lanes() * (registers / count + usize::from(panel < registers % count));
+        let part = (start, width.min(rows.end - start), width);
+        start += part.1;
+        part
+    };
+    (0..count).map(&mut cut).collect()
 }
 
 /// One task: all products of `rows` (rows of `expert`), into `sums`.
@@ -69,7 +78,7 @@ pub fn run<S: Arithmetic>(
     let panels = panels::<S>(&rows);
     let (depth, hidden) = (S::units(layer.width), S::units(layer.hidden));
     let full = S::panel();
-    let Scratch { lines, tokens, active, weights, gate, up } = scratch;
+    let Scratch { lines, tokens, active, weights, gate, up, ahead } = scratch;
     grow(tokens, panels.len() * full * depth);
     grow(active, panels.len() * full * hidden);
     grow(gate, FEATURES * full);
@@ -80,6 +89,7 @@ pub fn run<S: Arithmetic>(
         pack::panel(&gathered, 0, count, width, lines, &mut tokens[p * full * depth..][..width * depth]);
     }
     let table = S::Acc::table();
+    let down = layer.weights.down.matrix::<S>(&[expert]);
     let matrix = layer.weights.gate_up.matrix::<S>(&[expert]);
     let stride = line_stride(depth);
     for first in (0..layer.hidden).step_by(FEATURES) {
@@ -88,12 +98,19 @@ pub fn run<S: Arithmetic>(
         let all: Vec<usize> = gates.iter().chain(&ups).copied().collect();
         pack::compact(&Lines::gathered(matrix, &all), 0, all.len(), stride, weights);
         let copied = Matrix::new(weights, all.len(), depth, stride);
+        let following = first + FEATURES..layer.hidden.min(first + 2 * FEATURES).max(first + FEATURES);
+        if following.is_empty() {
+            ahead.set((0..FEATURES.min(layer.width)).map(|row| down.part(row..row + 1, 0..layer.hidden)));
+        } else {
+            let (gates, ups) = layer.feature_rows(following.start, following.len());
+            ahead.set(gates.into_iter().chain(ups).map(|row| matrix.part(row..row + 1, 0..layer.width)));
+        }
         for (p, &(row, tokens_in, width)) in panels.iter().enumerate() {
             let panel = Matrix::new(&tokens[p * full * depth..][..depth * width], depth, width, width);
-            accumulate::<S>(copied.part(0..count, 0..depth), panel, gate, width);
+            accumulate::<S>(copied.part(0..count, 0..depth), panel, gate, width, ahead);
             add_bias(gate, &gates, width, |row| layer.gate_up_bias::<S>(expert, row));
             if !ups.is_empty() {
-                accumulate::<S>(copied.part(count..2 * count, 0..depth), panel, up, width);
+                accumulate::<S>(copied.part(count..2 * count, 0..depth), panel, up, width, ahead);
                 add_bias(up, &ups, width, |row| layer.gate_up_bias::<S>(expert, row));
             }
             if let Some(pre) = pre {
@@ -108,7 +125,7 @@ pub fn run<S: Arithmetic>(
             S::seal(gate, count, width, &mut active[p * full * hidden + first / S::PER_UNIT * width..]);
         }
     }
-    let matrix = layer.weights.down.matrix::<S>(&[expert]);
+    let matrix = down;
     let stride = line_stride(hidden);
     for first in (0..layer.width).step_by(lines::SEGMENT) {
         let segment = lines::SEGMENT.min(layer.width - first);
@@ -118,9 +135,11 @@ pub fn run<S: Arithmetic>(
             let count = FEATURES.min(segment - start);
             pack::compact(&Lines::all(matrix), first + start, count, stride, weights);
             let copied = Matrix::new(weights, count, hidden, stride);
+            let next = first + start + count;
+            ahead.set((next..layer.width.min(next + FEATURES)).map(|row| matrix.part(row..row + 1, 0..layer.hidden)));
             for (p, &(row, tokens, width)) in panels.iter().enumerate() {
                 let panel = Matrix::new(&active[p * full * hidden..][..hidden * width], hidden, width, width);
-                accumulate::<S>(copied, panel, gate, width);
+                accumulate::<S>(copied, panel, gate, width, ahead);
                 let outputs: Vec<usize> = (first + start..first + start + count).collect();
                 add_bias(gate, &outputs, width, |output| layer.down_bias::<S>(expert, output));
                 let place = row - rows.start;

@@ -20,6 +20,7 @@
 
 use super::rounding_rules::{Choice, Rounding, Rule};
 use super::route::FirstNan;
+use super::routing::Routing;
 use super::score::{Score, copied, floats, integers, with_score};
 use crate::arch::ranking::Ranked;
 use crate::dtype::{Dtype, Real};
@@ -150,52 +151,40 @@ fn typed<S: Score>(
 /// The routing before rounding.
 struct Chosen {
     slots: usize,
-    /// Expert of each pair (token * slots + slot), or negative.
-    experts: Vec<i32>,
+    /// Expert of each pair (token * slots + slot), or a sentinel.
+    ids: Vec<i64>,
     /// Pairs of each expert.
     counts: Vec<usize>,
-    /// Where each expert's pairs begin in `pairs`.
-    offsets: Vec<usize>,
-    /// Pairs by expert, ascending.
-    pairs: Vec<usize>,
+    routing: Routing,
 }
 
 impl Chosen {
     fn new(ids: &Array<'_>, experts: usize) -> Result<Self> {
         let slots = ids.shape()[1];
-        let valid = |id: i64| if (0..experts as i64).contains(&id) { id as i32 } else { -1 };
-        let flat: Vec<i32> = integers(ids).into_iter().map(valid).collect();
-        let (mut counts, mut last) = (vec![0; experts], vec![usize::MAX; experts]);
-        for (pair, &expert) in flat.iter().enumerate() {
-            let (token, Ok(expert)) = (pair / slots, usize::try_from(expert)) else { continue };
-            if last[expert] == token {
-                let got = format!("expert {expert} twice at token {token}");
+        let ids = integers(ids);
+        let routing = Routing::new(&ids, slots, experts);
+        let counts: Vec<usize> = (0..experts).map(|expert| routing.of(expert).len()).collect();
+        for expert in 0..experts {
+            // Rows of an expert stand in the order of tokens.
+            if let Some(twice) = routing.tokens[routing.of(expert)].windows(2).find(|two| two[0] == two[1]) {
+                let got = format!("expert {expert} twice at token {}", twice[0]);
                 return Err(Error::value("expert_ids", "different experts for a token", got));
             }
-            last[expert] = token;
-            counts[expert] += 1;
         }
-        let mut offsets = vec![0; experts + 1];
-        for (expert, count) in counts.iter().enumerate() {
-            offsets[expert + 1] = offsets[expert] + count;
-        }
-        let (mut next, mut pairs) = (offsets.clone(), vec![0; offsets[experts]]);
-        for (pair, &expert) in flat.iter().enumerate() {
-            if let Ok(expert) = usize::try_from(expert) {
-                pairs[next[expert]] = pair;
-                next[expert] += 1;
-            }
-        }
-        Ok(Self { slots, experts: flat, counts, offsets, pairs })
+        Ok(Self { slots, ids, counts, routing })
     }
 
+    /// Pairs of an expert, ascending.
     fn of(&self, expert: usize) -> &[usize] {
-        &self.pairs[self.offsets[expert]..self.offsets[expert + 1]]
+        &self.routing.pairs[self.routing.of(expert)]
     }
 
-    /// Experts of a token by slot.
-    fn slots_of(&self, token: usize) -> &[i32] {
-        &self.experts[token * self.slots..(token + 1) * self.slots]
+    /// Pairs of a token that have an expert: (slot, expert).
+    fn slots_of(&self, token: usize) -> impl Iterator<Item = (usize, usize)> {
+        let ids = &self.ids[token * self.slots..(token + 1) * self.slots];
+        let experts = self.counts.len();
+        let valid = move |id: i64| usize::try_from(id).ok().filter(|&expert| expert < experts);
+        ids.iter().enumerate().filter_map(move |(slot, &id)| valid(id).map(|expert| (slot, expert)))
     }
 }
 
@@ -242,9 +231,8 @@ fn scan<S: Score>(
                     return bad_score.note(token, row);
                 }
                 let own = rows.take(token);
-                for (slot, (rank, &expert)) in own.iter_mut().zip(chosen.slots_of(token)).enumerate() {
-                    let Ok(expert) = usize::try_from(expert) else { continue };
-                    *rank = weights.map_or(row[expert].f64(), |weights| weights[token * chosen.slots + slot]);
+                for (slot, expert) in chosen.slots_of(token) {
+                    own[slot] = weights.map_or(row[expert].f64(), |weights| weights[token * chosen.slots + slot]);
                     row[expert] = nan; // chosen: not a candidate
                 }
                 if own.iter().any(|rank| rank.is_nan()) {
@@ -267,8 +255,8 @@ fn scan<S: Score>(
             *found[range].lock().unwrap_or_else(PoisonError::into_inner) = best;
         },
     )?;
-    bad_score.into_result("scores")?;
-    bad_weight.into_result("weights")?;
+    bad_score.into_result("scores", "expert")?;
+    bad_weight.into_result("weights", "slot")?;
     Ok((ranks, found.into_iter().map(|range| range.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()))
 }
 
@@ -329,7 +317,7 @@ fn decide<T: Ranked>(
     };
     threads::for_each(
         targets.len(),
-        chosen.pairs.len() < 1 << 13,
+        chosen.routing.count() < 1 << 13,
         || (),
         |expert, ()| {
             let _ = changes[expert].set(decide(expert));
@@ -347,7 +335,7 @@ fn assemble<S: Score>(
 ) -> Result<Rounded> {
     const TOKENS: usize = 1024;
     let tokens = scores.rows();
-    let mut kept: Vec<bool> = chosen.experts.iter().map(|&expert| expert >= 0).collect();
+    let mut kept = vec![true; chosen.ids.len()];
     let mut fills: Vec<(usize, usize)> = Vec::new(); // (token, expert)
     for (expert, change) in changes.iter().enumerate() {
         match change {
@@ -364,10 +352,10 @@ fn assemble<S: Score>(
         let mut next = fills.partition_point(|fill| fill.0 < range.start);
         for token in range {
             pairs.clear();
-            for (slot, &expert) in chosen.slots_of(token).iter().enumerate() {
+            for (slot, expert) in chosen.slots_of(token) {
                 let pair = token * chosen.slots + slot;
                 if kept[pair] {
-                    pairs.push((expert, slot as i32, ranks[pair]));
+                    pairs.push((expert as i32, slot as i32, ranks[pair]));
                 }
             }
             while let Some(&(_, expert)) = fills.get(next).filter(|fill| fill.0 == token) {

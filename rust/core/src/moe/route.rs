@@ -175,7 +175,7 @@ fn typed<S: Score>(router: &Router<'_>, logits: &Array<'_>, ids: ArrayMut<'_>, w
             }
         },
     )?;
-    refused.into_result("logits")
+    refused.into_result("logits", "expert")
 }
 
 /// The first NaN that tasks came across, whichever of them finished first.
@@ -189,10 +189,11 @@ impl FirstNan {
         *first = Some(first.map_or(place, |other| other.min(place)));
     }
 
-    pub(super) fn into_result(self, name: &str) -> Result<()> {
+    /// The error that names the place: a token, and what the second axis counts.
+    pub(super) fn into_result(self, name: &str, axis: &str) -> Result<()> {
         let first = self.0.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-        first.map_or(Ok(()), |(token, expert)| {
-            Err(Error::value(name, "numbers", format!("NaN at token {token}, expert {expert}")))
+        first.map_or(Ok(()), |(token, place)| {
+            Err(Error::value(name, "numbers", format!("NaN at token {token}, {axis} {place}")))
         })
     }
 }

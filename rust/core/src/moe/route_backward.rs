@@ -83,7 +83,7 @@ fn typed<S: Score>(
             }
         },
     )?;
-    refused.into_result("logits")
+    refused.into_result("logits", "expert")
 }
 
 fn one_token<S: Score>(over: Over, scratch: &Scratch<S::Acc>, g: &[f64], out: &mut [S]) {

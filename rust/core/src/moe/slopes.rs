@@ -13,11 +13,11 @@
 //! [`GROUP`], so the parts of a weight's gradient do not depend on how work is cut.
 
 use super::backward::Stage;
-use crate::arch::Kernel;
+use crate::arch::{Ahead, Kernel};
 use crate::dtype::Real;
 use crate::error::Result;
-use crate::gemm::accumulate;
 use crate::gemm::arithmetic::Arithmetic;
+use crate::gemm::chunk;
 use crate::gemm::pack::{self, Lines, line_stride};
 use crate::threads;
 use crate::view::{ArrayMut, Matrix};
@@ -26,7 +26,7 @@ use std::ops::Range;
 /// Features (columns) in a group: a multiple of every panel's width.
 pub const GROUP: usize = 384;
 /// Rows in a block.
-const ROWS: usize = 192;
+const ROWS: usize = 288;
 
 /// Buffers of one thread.
 struct Scratch<S: Arithmetic> {
@@ -36,6 +36,7 @@ struct Scratch<S: Arithmetic> {
     gate: Vec<S::Acc>,
     up: Vec<S::Acc>,
     line: Vec<S::Unit>,
+    ahead: Ahead,
 }
 
 impl<S: Arithmetic> Scratch<S> {
@@ -47,26 +48,43 @@ impl<S: Arithmetic> Scratch<S> {
             gate: vec![S::Acc::ZERO; GROUP],
             up: vec![S::Acc::ZERO; GROUP],
             line: Vec::new(),
+            ahead: Ahead::default(),
         }
     }
 }
 
 /// `block[r, c] = sum over k of left[r, k] * lines[k, columns.start + c]`, rows `GROUP` apart; lanes past the columns,
 /// up to whole registers, are zero.
+///
+/// The lines are stacked chunk by chunk: what is stacked stays in the second-level cache until it is multiplied,
+/// and the next chunk comes from memory meanwhile.
 fn product<S: Arithmetic>(
     left: Matrix<'_, S::Unit>,
     lines: &Lines<'_, S>,
     columns: Range<usize>,
-    scratch: (&mut Vec<S::Unit>, &mut Vec<S::Unit>),
+    scratch: (&mut Vec<S::Unit>, &mut Vec<S::Unit>, &mut Ahead),
     block: &mut [S::Acc],
 ) {
-    let (right, line) = scratch;
+    let (right, line, ahead) = scratch;
     let full = S::panel();
-    let units = pack::stacked(lines, columns.clone(), full, right, line);
-    for (p, first) in columns.clone().step_by(full).enumerate() {
-        let width = full.min((columns.end - first).next_multiple_of(S::lanes()));
-        let panel = Matrix::new(&right[p * units * full..], units, width, full);
-        accumulate::<S>(left, panel, &mut block[p * full..], GROUP);
+    let chunk = chunk::<S>(full);
+    let mut start = 0;
+    loop {
+        let end = left.cols().min(start + chunk);
+        let part = lines.range(start * S::PER_UNIT..lines.len().min(end * S::PER_UNIT));
+        let units = pack::stacked(&part, columns.clone(), full, right, line);
+        let following = end * S::PER_UNIT..lines.len().min((end + chunk) * S::PER_UNIT).max(end * S::PER_UNIT);
+        ahead.set(following.map(|k| lines.line(k)).map(|row| row.part(0..1, columns.clone())));
+        for (p, first) in columns.clone().step_by(full).enumerate() {
+            let width = full.min((columns.end - first).next_multiple_of(S::lanes()));
+            let panel = Matrix::new(&right[p * pack::block_step(units, full)..], units, width, full);
+            let left = left.part(0..left.rows(), start..end);
+            S::tile_ahead(left, panel, &mut block[p * full..], GROUP, start > 0, ahead);
+        }
+        start = end;
+        if start >= left.cols() {
+            break;
+        }
     }
 }
 
@@ -93,12 +111,12 @@ pub(super) fn hidden<S: Arithmetic>(
         let group = task % groups;
         let columns = group * GROUP..n.min((group + 1) * GROUP);
         let padded = columns.len().next_multiple_of(S::lanes());
-        let Scratch { left, right, block, gate, up, line } = scratch;
+        let Scratch { left, right, block, gate, up, line, ahead } = scratch;
         let gathered = Lines::gathered(stage.grad, &layer.routing.tokens[rows.clone()]);
         pack::compact(&gathered, 0, rows.len(), stride, left);
         let left = Matrix::new(left, rows.len(), S::units(layer.width), stride);
         let weights = layer.weights.down.matrix::<S>(&[*expert]);
-        product::<S>(left, &Lines::all(weights), columns.clone(), (right, line), block);
+        product::<S>(left, &Lines::all(weights), columns.clone(), (right, line, ahead), block);
         let bias = if group == 0 { down_bias::<S>(stage, *expert) } else { Vec::new() };
         for (row, grad) in rows.clone().zip(block.chunks_mut(GROUP)) {
             let grad = &mut grad[..padded];
@@ -162,7 +180,7 @@ pub(super) fn input<S: Arithmetic>(stage: &Stage<'_, S>, slopes: Matrix<'_, S>, 
         let (expert, rows) = &blocks[task / groups];
         let group = task % groups;
         let columns = group * GROUP..d.min((group + 1) * GROUP);
-        let Scratch { left, right, block, line, .. } = scratch;
+        let Scratch { left, right, block, line, ahead, .. } = scratch;
         let own = slopes.part(rows.clone(), 0..order.len());
         let left = S::borrow(own).unwrap_or_else(|| {
             pack::compact(&Lines::all(own), 0, rows.len(), stride, left);
@@ -170,7 +188,7 @@ pub(super) fn input<S: Arithmetic>(stage: &Stage<'_, S>, slopes: Matrix<'_, S>, 
         });
         let matrix = layer.weights.gate_up.matrix::<S>(&[*expert]);
         let lines = if natural { Lines::all(matrix) } else { Lines::gathered(matrix, &order) };
-        product::<S>(left, &lines, columns.clone(), (right, line), block);
+        product::<S>(left, &lines, columns.clone(), (right, line, ahead), block);
         for (row, sums) in rows.clone().zip(block.chunks(GROUP)) {
             out.take(row * groups + group).copy_from_slice(&sums[..columns.len()]);
         }

@@ -49,6 +49,18 @@ pub(crate) unsafe fn round<V: Half>(from: *const f32, to: *mut u16, count: usize
     }
 }
 
+/// Rounds the rows of a block, `step` apart, to bfloat16: `rows[r][c] = block[r * step + c]` for `c < count`.
+///
+/// # Safety
+/// The block holds every row, and each of `rows` `count` writable elements.
+#[inline(always)]
+pub(crate) unsafe fn round_rows<V: Half>(block: *const f32, step: usize, count: usize, rows: &[*mut u16]) {
+    for (r, &row) in rows.iter().enumerate() {
+        // SAFETY: see above.
+        unsafe { round::<V>(block.add(r * step), row, count) }
+    }
+}
+
 /// Widens `count` bfloat16 elements.
 ///
 /// # Safety

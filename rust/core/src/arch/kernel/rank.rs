@@ -122,18 +122,22 @@ pub(crate) unsafe fn at_least<V: Vector>(
     bar: impl Fn(usize) -> V::Elem,
     out: *mut u32,
 ) -> usize {
-    let whole = count / V::LANES * V::LANES;
     let (mut found, mut i) = (0, 0);
     // SAFETY: inside the row; no index is written twice, so at most `count` are.
     unsafe {
-        while i < whole {
-            let mut bits = V::load(row.add(i)).at_least(bars(i));
+        // 64 lanes share one word of bits: where few elements pass, a loop that ends is a mispredicted branch.
+        while i + V::LANES <= count {
+            let first = i;
+            let mut bits = 0u64;
+            while i + V::LANES <= count && i < first + 64 {
+                bits |= u64::from(V::load(row.add(i)).at_least(bars(i))) << (i - first);
+                i += V::LANES;
+            }
             while bits != 0 {
-                out.add(found).write(i as u32 + bits.trailing_zeros());
+                out.add(found).write(first as u32 + bits.trailing_zeros());
                 found += 1;
                 bits &= bits - 1;
             }
-            i += V::LANES;
         }
         while i < count {
             if *row.add(i) >= bar(i) {

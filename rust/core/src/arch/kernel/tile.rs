@@ -14,10 +14,44 @@
 //!    of values (unit across), packed weights all go through the same loop.
 //! 2. The lanes run over *queries or tokens*. A softmax then needs no cross-lane step, and the output of one product
 //!    is already the panel that the next one reads.
-//! 3. MR depends on the number of registers a row takes, so that a narrow tail still has enough independent
+//! 3. While it multiplies it can ask for memory that is needed later ([`Ahead`]), a line of the cache a step: the
+//!    multiplier leaves the load ports idle a third of the time, and a copy that finds its source in the cache is no
+//!    longer bound by the memory.
+//! 4. MR depends on the number of registers a row takes, so that a narrow tail still has enough independent
 //!    accumulators to hide the latency of the multiplier.
 
 use crate::arch::vector::{Dot, Vector};
+use crate::view::Matrix;
+
+/// Memory to ask for while a product runs: rows, one line of the cache a step.
+#[derive(Debug, Default)]
+pub struct Ahead {
+    starts: Vec<usize>,
+    lines: usize,
+    next: usize,
+    at: usize,
+    left: usize,
+}
+
+impl Ahead {
+    const LINE: usize = 64;
+
+    /// Forgets what was left, and asks for these rows from now on. All are of one length; a row whose elements do not
+    /// lie side by side is left out.
+    pub fn set<'a, T: Copy + 'a>(&mut self, rows: impl Iterator<Item = Matrix<'a, T>>) {
+        self.starts.clear();
+        (self.next, self.left, self.lines) = (0, 0, 0);
+        for row in rows.filter_map(|row| row.row(0)) {
+            self.lines = std::mem::size_of_val(row).div_ceil(Self::LINE);
+            self.starts.push(row.as_ptr() as usize);
+        }
+    }
+
+    /// Whether everything was asked for.
+    pub fn is_done(&self) -> bool {
+        self.left == 0 && self.next == self.starts.len()
+    }
+}
 
 /// What one call multiplies. Strides and extents count units (see [`Dot`]) for A and B, lanes for C.
 pub(crate) struct Args<A, B, C> {
@@ -33,10 +67,12 @@ pub(crate) struct Args<A, B, C> {
     /// A multiple of the lanes, at most three registers.
     pub width: usize,
     pub accumulate: bool,
+    /// Null, or what to ask for meanwhile.
+    pub ahead: *mut Ahead,
 }
 
 #[inline(always)]
-unsafe fn strip<D: Dot, const MR: usize, const NV: usize, const AHEAD: isize, const ADJACENT: bool>(
+unsafe fn strip<D: Dot, const MR: usize, const NV: usize, const AHEAD: isize, const ADJACENT: bool, const WALK: bool>(
     args: &Args<D::A, D::B, <D::V as Vector>::Elem>,
     first: usize,
 ) {
@@ -55,7 +91,18 @@ unsafe fn strip<D: Dot, const MR: usize, const NV: usize, const AHEAD: isize, co
         }
         let mut a = args.a.offset(first as isize * args.a_row);
         let mut b = args.b;
+        let mut walk = if WALK { std::mem::take(&mut *args.ahead) } else { Ahead::default() };
         for _ in 0..args.depth {
+            if WALK {
+                if walk.left > 0 {
+                    D::V::prefetch(walk.at as *const u8);
+                    walk.at += Ahead::LINE;
+                    walk.left -= 1;
+                } else if let Some(&start) = walk.starts.get(walk.next) {
+                    (walk.at, walk.left) = (start, walk.lines);
+                    walk.next += 1;
+                }
+            }
             if AHEAD > 0 {
                 for v in 0..NV {
                     D::V::prefetch(b.wrapping_offset(AHEAD * args.b_step).wrapping_add(v * lanes));
@@ -74,6 +121,9 @@ unsafe fn strip<D: Dot, const MR: usize, const NV: usize, const AHEAD: isize, co
             a = a.offset(args.a_step);
             b = b.offset(args.b_step);
         }
+        if WALK {
+            *args.ahead = walk;
+        }
         for r in 0..MR {
             for v in 0..NV {
                 acc[r][v].store(c.add(r * args.c_row + v * lanes));
@@ -84,52 +134,60 @@ unsafe fn strip<D: Dot, const MR: usize, const NV: usize, const AHEAD: isize, co
 
 /// All rows, in strips of at most `MAX`.
 #[inline(always)]
-unsafe fn strips<D: Dot, const NV: usize, const MAX: usize, const AHEAD: isize, const ADJACENT: bool>(
+unsafe fn strips<D: Dot, const NV: usize, const MAX: usize, const AHEAD: isize, const ADJACENT: bool, const WALK: bool>(
     args: &Args<D::A, D::B, <D::V as Vector>::Elem>,
 ) {
     let mut row = 0;
     // SAFETY: each strip stays inside `rows`.
     unsafe {
         while args.rows - row >= MAX {
-            strip::<D, MAX, NV, AHEAD, ADJACENT>(args, row);
+            strip::<D, MAX, NV, AHEAD, ADJACENT, WALK>(args, row);
             row += MAX;
         }
         if MAX > 8 && args.rows - row >= 8 {
-            strip::<D, 8, NV, AHEAD, ADJACENT>(args, row);
+            strip::<D, 8, NV, AHEAD, ADJACENT, WALK>(args, row);
             row += 8;
         }
         if MAX > 4 && args.rows - row >= 4 {
-            strip::<D, 4, NV, AHEAD, ADJACENT>(args, row);
+            strip::<D, 4, NV, AHEAD, ADJACENT, WALK>(args, row);
             row += 4;
         }
         if args.rows - row >= 2 {
-            strip::<D, 2, NV, AHEAD, ADJACENT>(args, row);
+            strip::<D, 2, NV, AHEAD, ADJACENT, WALK>(args, row);
             row += 2;
         }
         if args.rows - row >= 1 {
-            strip::<D, 1, NV, AHEAD, ADJACENT>(args, row);
+            strip::<D, 1, NV, AHEAD, ADJACENT, WALK>(args, row);
         }
     }
 }
 
 /// The product. `M1`, `M2`, `M3` are the strip heights for rows of one, two and three registers (`M3` = 0: rows of
 /// at most two). `AHEAD` rows of B are asked for in advance: for a B that comes from memory (0: one that is in a cache).
+/// `WALK`: `args.ahead` is valid and is walked.
 ///
 /// # Safety
 /// As in [`Args`]; the machine must have the instructions of `D`.
 #[inline(always)]
-pub(crate) unsafe fn tile<D: Dot, const M1: usize, const M2: usize, const M3: usize, const AHEAD: isize>(
+pub(crate) unsafe fn tile<
+    D: Dot,
+    const M1: usize,
+    const M2: usize,
+    const M3: usize,
+    const AHEAD: isize,
+    const WALK: bool,
+>(
     args: &Args<D::A, D::B, <D::V as Vector>::Elem>,
 ) {
     // SAFETY: forwarded.
     unsafe {
         match (args.width / D::V::LANES, args.a_row == 1) {
-            (1, true) => strips::<D, 1, M1, AHEAD, true>(args),
-            (2, true) => strips::<D, 2, M2, AHEAD, true>(args),
-            (3, true) if M3 > 0 => strips::<D, 3, M3, AHEAD, true>(args),
-            (1, false) => strips::<D, 1, M1, AHEAD, false>(args),
-            (2, false) => strips::<D, 2, M2, AHEAD, false>(args),
-            (3, false) if M3 > 0 => strips::<D, 3, M3, AHEAD, false>(args),
+            (1, true) => strips::<D, 1, M1, AHEAD, true, WALK>(args),
+            (2, true) => strips::<D, 2, M2, AHEAD, true, WALK>(args),
+            (3, true) if M3 > 0 => strips::<D, 3, M3, AHEAD, true, WALK>(args),
+            (1, false) => strips::<D, 1, M1, AHEAD, false, WALK>(args),
+            (2, false) => strips::<D, 2, M2, AHEAD, false, WALK>(args),
+            (3, false) if M3 > 0 => strips::<D, 3, M3, AHEAD, false, WALK>(args),
             (registers, _) => unreachable!("a panel of {registers} registers"),
         }
     }
