@@ -1,6 +1,6 @@
 """Training steps of the demo's target model, with its experts computed in three ways, and by transformers.
 
-    python -m benches.tiny_training [--rounds 7] [--rows 16] [--length 512] [--steps 50] [--dtype bfloat16] [--json FILE]
+    python -m benches.tiny_training [--rounds 7] [--rows 16] [--length 512] [--steps 50] [--dtype bfloat16] [--json F]
 
 * `tilewise`: one call of `tilewise.torch.moe.experts` a layer;
 * `torch`: the example's own products, grouped by expert;
@@ -8,9 +8,9 @@
 
 First the three train from the same weights on the same batches, and their losses are compared with those of `torch` in
 float64. Then whole steps (forward, backward, optimisers, as in `examples/train_tiny.py`) are timed side by side, and so
-are the expert layers of a step alone: attention, norms, the dense layer and the optimisers cost the same whoever computes
-the experts, and bound what a whole step can gain. `transformers` is a step of the same model as that library has it, eager
-throughout, without the indexer's loss that the others pay for.
+are the expert layers of a step alone: attention, norms, the dense layer and the optimisers cost the same whoever
+computes the experts, and bound what a whole step can gain. `transformers` is a step of the same model as that library
+has it, eager throughout, without the indexer's loss that the others pay for.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from tilewise import _core
 from .harness import Timing, interleave, machine, speedup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from tiny_export import target_config  # noqa: E402
-from tiny_model import Shape, SparseMLP, TinyTarget  # noqa: E402
-from train_tiny import optimisers  # noqa: E402
+from tiny_export import target_config
+from tiny_model import Shape, SparseMLP, TinyTarget
+from train_tiny import optimisers
 
 WAYS = ("tilewise", "torch", "eager")
 
@@ -160,7 +160,10 @@ def main() -> None:
     torch.set_num_threads(_core.num_threads())
     dtype = getattr(torch, options.dtype)
     size = options.rows, options.length
-    found: dict[str, Any] = {"machine": machine() | {"torch": torch.__version__}, "options": vars(options) | {"json": None}}
+    found: dict[str, Any] = {
+        "machine": machine() | {"torch": torch.__version__},
+        "options": vars(options) | {"json": None},
+    }
 
     if options.steps:
         small = options.rows // 4 or 1, options.length // 4 or 1
@@ -175,7 +178,9 @@ def main() -> None:
         for way, curve in curves.items():
             print(f"  {way:9} {max(abs(a - b) for a, b in zip(curve, truth, strict=True)):.2e}")
 
-    print(f"\n| {options.dtype}, {options.rows} x {options.length} bytes | median | spread | tilewise is |\n|---|---|---|---|")
+    print(
+        f"\n| {options.dtype}, {options.rows} x {options.length} bytes | median | spread | tilewise is |\n|---|---|---|---|"
+    )
     parts: dict[str, Callable[[TinyTarget], Callable[[], Any]]] = {
         "step": lambda model: stepper(model, *size, dtype), "experts": lambda model: layers_alone(model, *size, dtype)
     }  # fmt: skip

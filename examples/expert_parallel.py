@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=1024, help="of each process, at each step")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rounding", choices=["nearest", "balance", "up", "down"], help="token rounding while it trains")
+    parser.add_argument("--rounding", choices=["nearest", "balance", "up", "down"], help="token rounding in training")
     parser.add_argument("--tile", type=int, default=64, help="rows of a tile for --rounding")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The demo's training: its model with tilewise's experts learns what it learns with torch's, and runs through a step."""
+"""The demo's training: its model with tilewise's experts learns what it learns with torch's, step by step."""
 
 from __future__ import annotations
 

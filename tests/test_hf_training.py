@@ -260,7 +260,7 @@ def test_gradients_of_a_rounded_model(model: Any, rule: Any) -> None:
     with tilewise.hf.round_tokens(model, rule, tile=TILE) as rounding:
         layer = rounding._layers[-1]
         x = torch.randn(70, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
-        logits, weights, ids = layer.router(x)
+        logits, _, ids = layer.router(x)
         routing = layer.take(ids)
     assert routing is not None
     experts = logits.shape[1]

@@ -1,4 +1,4 @@
-"""The module MoE: what it computes, how it rounds, and that it lives with everything a training loop does to modules."""
+"""The module MoE: what it computes, how it rounds, and that it stands what a training loop does to modules."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ def test_gradcheck(router: dict[str, Any], rounding: Any) -> None:
 def test_weights_begin_as_those_of_a_linear_layer() -> None:
     layer = make(num_experts=16, width=64, hidden=25, bias=True)
     for parameter, inputs in (
-        (layer.router.weight, 64), (layer.gate_up, 64), (layer.gate_up_bias, 64), (layer.down, 25), (layer.down_bias, 25),
+        (layer.router.weight, 64), (layer.gate_up, 64), (layer.gate_up_bias, 64), (layer.down, 25),
+        (layer.down_bias, 25),
     ):  # fmt: skip
         assert parameter is not None
         parameter, bound = parameter.detach(), inputs**-0.5
@@ -167,7 +168,7 @@ def test_a_tile_of_one_changes_no_bit(router: dict[str, Any]) -> None:
 
 
 def test_weights_of_added_pairs() -> None:
-    """A fill weighs what the router's formula gives it over its token's chosen experts, and chosen pairs keep theirs."""
+    """A fill weighs what the router's formula gives over its token's chosen experts; chosen pairs keep theirs."""
     logits = torch.randn(40, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for scoring, renormalise, scale in (("softmax", True, 1.0), ("softmax", False, 1.0), ("sigmoid", True, 2.0)):
         name = "softmax_topk" if (scoring, renormalise) == ("softmax", True) else scoring

@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from tilewise import plot  # noqa: E402
-from tilewise.errors import ArgumentError, MissingExtraError, ShapeError  # noqa: E402
+from tilewise import plot
+from tilewise.errors import ArgumentError, MissingExtraError, ShapeError
 
 BEFORE, AFTER = [130, 0, 250, 131], [128, 0, 256, 128]
 

@@ -1,7 +1,8 @@
 """Pictures: how even a routing is, what padding costs, how fast things ran.
 
-Every function draws into the ``ax`` it is given, or into a new figure, and returns the axes; ``ax.figure.savefig(path)``
-writes a file. Nothing is shown, and neither pyplot nor the user's settings are touched. Needs matplotlib::
+Every function draws into the ``ax`` it is given, or into a new figure, and returns the axes;
+``ax.figure.savefig(path)`` writes a file. Nothing is shown, and neither pyplot nor the user's settings are touched.
+Needs matplotlib::
 
     pip install 'tilewise[viz]'
 
@@ -117,10 +118,10 @@ def expert_load(
     mean = float(first.mean()) if first.size else 0.0
     ax.axhline(mean, color=_LINE, linewidth=1.0, label=f"mean {mean:.4g}")
     if tile is not None:
-        top = max([first.max(initial=0), *([] if second is None else [second.max(initial=0)])])
+        top = int(max(first.max(initial=0), 0 if second is None else second.max(initial=0)))
         # More than a dozen lines are a grey sheet, not a scale.
-        step = tile * max(1, -(-int(top) // (12 * tile)))
-        ax.set_yticks(range(0, int(top) + step, step))
+        step = tile * max(1, -(-top // (12 * tile)))
+        ax.set_yticks(range(0, top + step, step))
         ax.grid(axis="y", linewidth=0.4)
         ax.set_axisbelow(True)
     title = f"load of {first.size} experts"
@@ -214,7 +215,12 @@ def benchmark(milliseconds: Mapping[str, Mapping[str, float]], *, unit: str = "m
         places = np.arange(len(cases)) + (index - (len(names) - 1) / 2) * height
         numbers = [milliseconds[case][name] for case in cases]
         bars = ax.barh(places, numbers, height=0.92 * height, color=shades[index % len(shades)], label=name)
-        ax.bar_label(bars, labels=[f"{number:.0f}" if number >= 100 else f"{number:.3g}" for number in numbers], padding=3, fontsize=8)
+        ax.bar_label(
+            bars,
+            labels=[f"{number:.0f}" if number >= 100 else f"{number:.3g}" for number in numbers],
+            padding=3,
+            fontsize=8,
+        )
     ax.set_yticks(range(len(cases)), cases)
     ax.invert_yaxis()
     ax.margins(x=0.12)

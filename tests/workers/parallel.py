@@ -168,13 +168,19 @@ def scores_travel(rank: int, world: int) -> None:
 def moe_module(rank: int, world: int, **options: Any) -> None:
     """The module over the group, against the module alone on all tokens: outputs and gradients.
 
-    With rounding and every expert chosen by every token, each rank has all tokens, so rounding on the receiving ranks is
-    rounding of the whole: then these must agree too.
+    With rounding and every expert chosen by every token, each rank has all tokens, so rounding on the receiving ranks
+    is rounding of the whole: then these must agree too.
     """
     experts, total = 2 * world + 1, 10 * world
     random = torch.Generator().manual_seed(3)
     x, answer = (torch.randn(total, WIDTH, generator=random, dtype=torch.float64) for _ in range(2))
-    sizes: dict[str, Any] = {"num_experts": experts, "top_k": 3, "width": WIDTH, "hidden": HIDDEN, "dtype": torch.float64}
+    sizes: dict[str, Any] = {
+        "num_experts": experts,
+        "top_k": 3,
+        "width": WIDTH,
+        "hidden": HIDDEN,
+        "dtype": torch.float64,
+    }
     sizes |= options
     torch.manual_seed(0)
     whole = twt.moe.MoE(**sizes).train()

@@ -68,6 +68,7 @@ def interleave(
     """
     repeats: dict[str, int] = {}
     for name, function in functions.items():
+        seconds = 0.0
         for _ in range(max(warmup, 1)):
             start = time.perf_counter()
             function()

@@ -84,7 +84,9 @@ def _check_picture(path: Path) -> None:
         raise MissingExtraError(f"--plot needs matplotlib ({error}): pip install 'tilewise[viz]'") from error
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in known:
-        raise ArgumentError(f"--plot: expected a name that ends in one of {', '.join(sorted(known))}, got {path.name!r}")
+        raise ArgumentError(
+            f"--plot: expected a name that ends in one of {', '.join(sorted(known))}, got {path.name!r}"
+        )
     if not path.absolute().parent.is_dir():
         raise ArgumentError(f"--plot: the directory {str(path.absolute().parent)!r} does not exist")
 

@@ -44,13 +44,11 @@ class _Formula(NamedTuple):
     scale: float
 
 
-def round_tokens(
-    model: PreTrainedModel, rule: Rule = "nearest", tile: int = 128, *, seed: int = 0
-) -> TokenRounding:
+def round_tokens(model: PreTrainedModel, rule: Rule = "nearest", tile: int = 128, *, seed: int = 0) -> TokenRounding:
     """Round the number of tokens of every expert to a multiple of `tile` whenever the model trains.
 
-    In ``model.eval()`` nothing changes: the model is evaluated with its plain top-k, as the method intends. Chosen pairs
-    keep the router's own weights and gradients; added ones get the weight that the same formula gives them.
+    In ``model.eval()`` nothing changes: the model is evaluated with its plain top-k, as the method intends. Chosen
+    pairs keep the router's own weights and gradients; added ones get the weight that the same formula gives them.
 
     Args:
         model: a model whose experts tilewise computes (``experts_implementation="tilewise"``), with routers that return
@@ -91,7 +89,8 @@ class TokenRounding:
     loads: dict[str, Load]
 
     def __init__(self, model: nn.Module, rule: Rule, tile: int, seed: int):
-        self.rule, self.tile, self.seed, self.loads = rule, tile, seed, {}
+        self.rule: Rule = rule
+        self.tile, self.seed, self.loads = tile, seed, {}
         self._hooks: list[Any] = []
         # Everything is checked before anything is changed.
         layers = [
@@ -137,13 +136,14 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
             found.append((name, routers[0], experts))
     if not found:
         raise UnsupportedError(
-            f"{type(model).__name__} has no expert modules of transformers' experts interface; there is nothing to round"
+            f"{type(model).__name__} has no expert modules of transformers' experts interface: there is nothing to "
+            "round"
         )
     return found
 
 
 class _Layer:
-    """One router and its experts. The experts' attribute ``ROUNDING``; its ``take`` is what ``experts_forward`` calls."""
+    """One router and its experts; the experts' attribute ``ROUNDING``, whose ``take`` ``experts_forward`` calls."""
 
     def __init__(self, handle: TokenRounding, index: int, name: str, router: nn.Module, experts: nn.Module):
         self.handle, self.index, self.name, self.router, self.experts = handle, index, name, router, experts
@@ -159,8 +159,9 @@ class _Layer:
         config: Any = self.experts.config
         if config._experts_implementation != tilewise.hf.NAME:
             raise UnsupportedError(
-                f"{self.name}: its experts are computed by {config._experts_implementation!r}, which cannot take a rounded "
-                "routing; load the model with experts_implementation='tilewise' or call tilewise.hf.switch(model)"
+                f"{self.name}: its experts are computed by {config._experts_implementation!r}, which cannot take a "
+                "rounded routing; load the model with experts_implementation='tilewise' or call "
+                "tilewise.hf.switch(model)"
             )
 
     def round(self, router: nn.Module, arguments: Any, output: Any) -> None:
@@ -172,7 +173,7 @@ class _Layer:
         logits, weights, ids = output
         self._outcome = ids.shape, self._round(logits, weights, ids)
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def _round(self, logits: Tensor, weights: Tensor, ids: Tensor) -> Routing:
         handle, experts = self.handle, logits.shape[1]
         # Where autocast or a half-precision model narrowed the logits, the fills' weights are made of what is left.
@@ -234,7 +235,10 @@ def _recognise(name: str, router: nn.Module) -> tuple[_Formula, tuple[Tensor, Te
         if shapes != [[64, experts], [64, slots], [64, slots]] or ids.dtype not in (torch.int32, torch.int64):
             raise refuse(f"returns {shapes} for 64 tokens and {experts} experts")
         values = logits.double()
-        for scoring, table in (("softmax", values.softmax(-1)), ("sigmoid", values.sigmoid())):
+        tables: dict[Literal["softmax", "sigmoid"], Tensor] = {
+            "softmax": values.softmax(-1), "sigmoid": values.sigmoid()
+        }  # fmt: skip
+        for scoring, table in tables.items():
             plain = table.gather(1, ids.long())
             for renormalise, guess in ((False, plain), (True, plain / plain.sum(-1, keepdim=True))):
                 ratio = weights.double() / guess

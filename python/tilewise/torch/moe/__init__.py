@@ -1,6 +1,6 @@
 """Mixture of experts (see :mod:`tilewise.moe`), with gradients.
 
-* :mod:`tilewise.torch.moe.routers`, :mod:`~tilewise.torch.moe.rounding`, :mod:`~tilewise.torch.moe.layer`: the functions;
+* :mod:`tilewise.torch.moe.routers`, :mod:`~tilewise.torch.moe.rounding`, :mod:`~tilewise.torch.moe.layer`: functions;
 * :mod:`tilewise.torch.moe.module`: :class:`MoE`, all of it as one module;
 * :mod:`tilewise.torch.moe.parallel`: experts over several processes;
 * :mod:`tilewise.torch.moe.fills`: what rounding needs in a training step.

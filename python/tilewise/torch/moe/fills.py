@@ -59,7 +59,7 @@ def weight_table(
     return table * scale
 
 
-@torch.compiler.disable  # how many pairs there are depends on the data
+@torch.compiler.disable()  # how many pairs there are depends on the data
 def round_routing(
     table: Tensor,
     expert_ids: Tensor,
@@ -78,7 +78,7 @@ def round_routing(
 
     Args:
         table: ``[rows, experts]``, the weight of every pair.
-        expert_ids: integers ``[rows, slots]``, or ``[pairs]`` with `token_ids`; ids outside ``0..experts`` are left out.
+        expert_ids: integers ``[rows, slots]``, or ``[pairs]`` with `token_ids`; others than ``0..experts`` are dropped.
         weights: like `expert_ids`: the weights of the chosen pairs.
         token_ids: ``[pairs]``, ascending.
         tile, rule: of :func:`tilewise.torch.moe.round_tokens`.

@@ -56,7 +56,7 @@ class MoE(nn.Module):
         device, dtype: of the parameters.
 
     Attributes:
-        last_load: int64 ``[experts here]``, the rows that each expert computed in the last forward pass (``None`` before).
+        last_load: int64 ``[experts here]``, rows of each expert in the last forward pass (``None`` before).
 
     Weights begin as those of ``torch.nn.Linear`` do.
 
@@ -74,7 +74,7 @@ class MoE(nn.Module):
         >>> out.shape, int(layer.last_load.sum())
         (torch.Size([4, 10, 16]), 80)
 
-    Source: the router variants of Mixtral, Qwen3-MoE and DeepSeek-V3; rounding and memory of SonicMoE (arXiv 2512.14080).
+    Source: the router variants of Mixtral, Qwen3-MoE and DeepSeek-V3; rounding and memory of SonicMoE (2512.14080).
     """
 
     selection_bias: Tensor | None
@@ -163,8 +163,8 @@ class MoE(nn.Module):
 
         Args:
             x: ``[..., width]``.
-            return_aux_loss: also return the load-balance loss of this call (:func:`tilewise.moe.load_balance_loss`; with
-                sigmoid scores, of the scores), which is 1 for a perfectly even router. It is about what the router
+            return_aux_loss: also return the load-balance loss of this call (:func:`tilewise.moe.load_balance_loss`;
+                with sigmoid scores, of the scores), which is 1 for a perfectly even router. It is about what the router
                 chose, before rounding, and about this process's tokens.
 
         Returns:
@@ -196,7 +196,9 @@ class MoE(nn.Module):
         out = self.dispatcher.combine(y, sent.handle).view(x.shape)
         here = len(self.dispatcher.local_experts)
         self.last_load = _count(routing[0], here)
-        self._routed = self.last_load if rounding is None and here == self.num_experts else _count(ids, self.num_experts)
+        self._routed = (
+            self.last_load if rounding is None and here == self.num_experts else _count(ids, self.num_experts)
+        )
         if not return_aux_loss:
             return out
         if self.scoring == "sigmoid":
@@ -222,7 +224,7 @@ class MoE(nn.Module):
 
         Args:
             rate: the step, say 1e-3.
-            load: ``[num_experts]``, tokens that chose each expert. By default those of this process's last forward pass;
+            load: ``[num_experts]``, tokens that chose each expert. By default those of this process's last forward;
                 with several processes give the sum over all, so that the biases stay equal.
 
         Raises:

@@ -8,13 +8,13 @@ translates the routing to what each of them holds; ``combine`` brings the result
     out = dispatcher.combine(y, sent.handle)
 
 where ``gate_up`` and ``down`` hold only ``dispatcher.local_experts``. Both methods are differentiable, and the backward
-of each is the exchange of the other, so gradients of x, of the weights and of every process's experts need nothing more.
+of each is the exchange of the other, so gradients of x, of the weights and of every process's experts are complete.
 
 * :class:`Local`: one process holds all experts, nothing moves;
 * :class:`AllToAll`: ``torch.distributed.all_to_all_single`` over a process group (gloo on the CPU, nccl on GPUs).
 
-A row travels once to each process that holds any of its token's experts, however many those are, and one row comes back:
-the experts there have already been weighted and summed.
+A row travels once to each process that holds any of its token's experts, however many those are, and one row comes
+back: the experts there have already been weighted and summed.
 """
 
 from __future__ import annotations
@@ -131,10 +131,10 @@ class _Plan:
 class AllToAll:
     """Experts in contiguous ranges over the ranks of a process group.
 
-    Rank r of W holds the experts from ``E * r // W`` to ``E * (r + 1) // W``. Every rank has its own tokens, as many as it
-    likes, none included, and all ranks must call ``dispatch``, ``combine`` and the backward pass together. Ids outside
-    ``0..E`` are sentinels: they are sent nowhere, and their weights get a gradient of 0. The order of additions follows
-    from ranks alone, so results repeat bit for bit.
+    Rank r of W holds the experts from ``E * r // W`` to ``E * (r + 1) // W``. Every rank has its own tokens, as many as
+    it likes, none included, and all ranks must call ``dispatch``, ``combine`` and the backward pass together. Ids
+    outside ``0..E`` are sentinels: they are sent nowhere, and their weights get a gradient of 0. The order of additions
+    follows from ranks alone, so results repeat bit for bit.
 
     The sizes of messages are exchanged first, which waits for the device: not capturable in a CUDA graph.
 
@@ -150,8 +150,8 @@ class AllToAll:
     def __init__(self, num_experts: int, group: Any = None):
         if not (dist.is_available() and dist.is_initialized()):
             raise UnsupportedError(
-                "AllToAll needs a process group: call torch.distributed.init_process_group first (torchrun sets up what "
-                "it reads), or use tilewise.torch.moe.Local in one process"
+                "AllToAll needs a process group: call torch.distributed.init_process_group first (torchrun sets up "
+                "what it reads), or use tilewise.torch.moe.Local in one process"
             )
         self.group = group
         world, self.rank = dist.get_world_size(group), dist.get_rank(group)
@@ -161,7 +161,7 @@ class AllToAll:
         self._bounds = [num_experts * rank // world for rank in range(world + 1)]
         self.local_experts = range(self._bounds[self.rank], self._bounds[self.rank + 1])
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def dispatch(
         self,
         x: Tensor,
@@ -191,7 +191,7 @@ class AllToAll:
         rows, pair_weights, row_scores = _Dispatch.apply(x, weights, scores, plan, self.rank)
         return Dispatched(rows, local_ids, pair_weights, places, row_scores, plan)
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def combine(self, y: Tensor, handle: Any) -> Tensor:
         """Send results back and add them up for each token.
 
@@ -237,7 +237,7 @@ class AllToAll:
             tokens = torch.arange(x.shape[0], device=device).repeat_interleave(expert_ids.shape[1])
         else:
             tokens = token_ids.long()
-        if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < x.shape[0]):
+        if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < x.shape[0]):
             raise ArgumentError(
                 f"token_ids: expected 0 to {x.shape[0] - 1}, the rows of x, got {int(tokens.min())} to "
                 f"{int(tokens.max())}"
