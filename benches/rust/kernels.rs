@@ -5,7 +5,7 @@ use half::bf16;
 use std::hint::black_box;
 use tilewise_core::arch::Activation;
 use tilewise_core::attention::problem::{Problem, Rules};
-use tilewise_core::moe::layer::{Layout, Weights};
+use tilewise_core::moe::problem::{Layout, Pairs, Weights};
 use tilewise_core::view::{Array, ArrayMut};
 use tilewise_core::{attention, gemm, moe, rng};
 
@@ -72,10 +72,13 @@ fn experts(c: &mut Criterion) {
                     layout: Layout::Concatenated,
                     activation: Activation::Swiglu,
                 };
-                let (ids, scores) =
-                    (Array::from_slice(&ids, &[tokens, 2]).unwrap(), Array::from_slice(&scores, &[tokens, 2]).unwrap());
+                let pairs = Pairs {
+                    ids: Array::from_slice(&ids, &[tokens, 2]).unwrap(),
+                    scores: Array::from_slice(&scores, &[tokens, 2]).unwrap(),
+                    tokens: None,
+                };
                 let out = ArrayMut::from_slice(black_box(&mut out), &[tokens, WIDTH]).unwrap();
-                moe::layer::forward(Array::from_slice(&x, &[tokens, WIDTH]).unwrap(), &ids, &scores, weights, out)
+                moe::forward::forward(Array::from_slice(&x, &[tokens, WIDTH]).unwrap(), &pairs, weights, out, None)
                     .unwrap();
             });
         });

@@ -176,6 +176,19 @@ unsafe impl Half for F32x16 {
         }
     }
     #[inline(always)]
+    unsafe fn store_bf16_two(first: Self, second: Self, to: *mut u16) {
+        unsafe {
+            // The odd 16-bit elements of both registers, in order.
+            #[rustfmt::skip]
+            let odd = _mm512_set_epi16(
+                63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,
+                31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1,
+            );
+            let both = _mm512_permutex2var_epi16(round_bf16(first.0), odd, round_bf16(second.0));
+            _mm512_storeu_si512(to.cast(), both);
+        }
+    }
+    #[inline(always)]
     unsafe fn pair_up(low: *const u16, high: *const u16, to: *mut u32) {
         unsafe {
             let low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(low.cast()));
@@ -200,8 +213,9 @@ unsafe fn round_bf16(x: __m512) -> __m512i {
     // SAFETY: called by the methods above only.
     unsafe {
         let bits = _mm512_castps_si512(x);
-        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-        let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        let odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x0001_0000));
+        let up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+        let rounded = _mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1));
         let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
         _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000))
     }

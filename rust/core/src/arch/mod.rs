@@ -151,20 +151,6 @@ pub fn force(name: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn levels_are_named_and_refused_by_name() {
-        for level in Level::COMPILED.iter().filter(|level| level.is_available()) {
-            assert_eq!(Level::named(level.name()), Ok(*level));
-        }
-        let text = Level::named("sse9").unwrap_err().to_string();
-        assert!(text.contains("sse9") && text.contains("scalar"), "{text}");
-    }
-}
-
 /// Asks for the memory of a matrix whose rows are contiguous (others are left alone). A hint.
 #[inline]
 pub fn prefetch<T: Copy>(matrix: Matrix<'_, T>) {
@@ -183,5 +169,19 @@ pub fn prefetch<T: Copy>(matrix: Matrix<'_, T>) {
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = start;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_are_named_and_refused_by_name() {
+        for level in Level::COMPILED.iter().filter(|level| level.is_available()) {
+            assert_eq!(Level::named(level.name()), Ok(*level));
+        }
+        let text = Level::named("sse9").unwrap_err().to_string();
+        assert!(text.contains("sse9") && text.contains("scalar"), "{text}");
     }
 }

@@ -184,6 +184,15 @@ pub(crate) unsafe trait Half: Vector<Elem = f32> {
     unsafe fn load_bf16(from: *const u16) -> Self;
     /// Rounds a register to bfloat16 and stores `LANES` elements.
     unsafe fn store_bf16(self, to: *mut u16);
+    /// Rounds two registers to bfloat16 and stores `2 * LANES` elements.
+    #[inline(always)]
+    unsafe fn store_bf16_two(first: Self, second: Self, to: *mut u16) {
+        // SAFETY: forwarded.
+        unsafe {
+            first.store_bf16(to);
+            second.store_bf16(to.add(Self::LANES));
+        }
+    }
     /// Rounds two registers to bfloat16 (nearest even, NaN kept) and stores them as `LANES` pairs.
     unsafe fn store_pairs(low: Self, high: Self, to: *mut u32);
     /// `LANES` pairs from two rows of bfloat16. The default goes through single precision, which is exact.

@@ -108,16 +108,16 @@ macro_rules! plain {
                 <$t>::table().tile(a, b, c, c_row, accumulate);
             }
             fn tile_ahead(
-        a: Matrix<'_, $t>,
-        b: Matrix<'_, $t>,
-        c: &mut [$t],
-        c_row: usize,
-        accumulate: bool,
-        ahead: &mut Ahead,
-    ) {
-        <$t>::table().tile_ahead(a, b, c, c_row, accumulate, ahead);
-    }
-    fn rows(x: Matrix<'_, $t>, w: Matrix<'_, $t>, out: &mut [$t], out_row: usize) {
+                a: Matrix<'_, $t>,
+                b: Matrix<'_, $t>,
+                c: &mut [$t],
+                c_row: usize,
+                accumulate: bool,
+                ahead: &mut Ahead,
+            ) {
+                <$t>::table().tile_ahead(a, b, c, c_row, accumulate, ahead);
+            }
+            fn rows(x: Matrix<'_, $t>, w: Matrix<'_, $t>, out: &mut [$t], out_row: usize) {
                 <$t>::table().rows(x, w, out, out_row);
             }
             fn seal(block: &[$t], rows: usize, width: usize, units: &mut [$t]) {

@@ -213,6 +213,7 @@ pub(crate) fn accumulate_across<S: Arithmetic>(
     panel: Matrix<'_, S::Unit>,
     block: &mut [S::Acc],
     block_row: usize,
+    ahead: &mut Ahead,
 ) {
     let units = panel.rows();
     let (chunk, across) = (chunk::<S>(panel.cols()), across::<S>(units));
@@ -225,7 +226,7 @@ pub(crate) fn accumulate_across<S: Arithmetic>(
             let count = across.min(lines - first);
             let part = Matrix::new(&left[number * step + start * across..], end - start, across, across);
             let a = part.part(0..end - start, 0..count).transposed();
-            S::tile(a, piece, &mut block[first * block_row..], block_row, start > 0);
+            S::tile_ahead(a, piece, &mut block[first * block_row..], block_row, start > 0, ahead);
         }
         start = end;
         if start >= units {

@@ -10,10 +10,10 @@
 //! ```
 //! Departures: (1) the gather is the packing: neither X nor dO is ever copied row by row; (2) the result is cut into
 //! tasks, never the rows, so nothing is reduced across threads; (3) experts without rows get zeros here, since their
-//! memory is not initialised.
+//! memory is not initialised; (4) what a strip will write is asked for while the one before is multiplied.
 
 use super::backward::Stage;
-use crate::arch::Kernel;
+use crate::arch::{Ahead, Kernel};
 use crate::dtype::Real;
 use crate::error::Result;
 use crate::gemm::arithmetic::Arithmetic;
@@ -38,6 +38,7 @@ struct Scratch<S: Arithmetic> {
     right: Vec<S::Unit>,
     line: Vec<S::Unit>,
     block: Vec<S::Acc>,
+    ahead: Ahead,
 }
 
 /// One product: `out[number(i), j] = sum over rows r of left[r, i] * right[r, j]` for lines i.
@@ -50,7 +51,7 @@ struct Product<'a, S: Arithmetic> {
 
 impl<S: Arithmetic> Product<'_, S> {
     fn run(&self, out: &Rows<'_, S>, number: impl Fn(usize) -> usize, scratch: &mut Scratch<S>) {
-        let Scratch { left, right, line, block } = scratch;
+        let Scratch { left, right, line, block, ahead } = scratch;
         let full = S::panel();
         let units = S::units(self.left.len());
         let across = across::<S>(units);
@@ -69,13 +70,17 @@ impl<S: Arithmetic> Product<'_, S> {
             pack::stacked(&self.right, start..end, full, right, line);
             for first in self.lines.clone().step_by(STRIP) {
                 let lines = STRIP.min(self.lines.end - first);
-                let targets = &mut targets[first - self.lines.start..][..lines];
+                let at = first - self.lines.start;
+                let columns = start - origin..end - origin;
+                let next = (at + lines).min(targets.len())..(at + lines + STRIP).min(targets.len());
+                ahead.set(targets[next].iter().map(|target| &target[columns.clone()]));
+                let targets = &mut targets[at..at + lines];
                 let strip = &left[(first - self.lines.start) / across * pack::block_step(units, across)..];
                 for (p, column) in (start..end).step_by(full).enumerate() {
                     let count = full.min(end - column);
                     let width = count.next_multiple_of(S::lanes());
                     let panel = Matrix::new(&right[p * pack::block_step(units, full)..], units, width, full);
-                    accumulate_across::<S>(strip, lines, panel, block, full);
+                    accumulate_across::<S>(strip, lines, panel, block, full, ahead);
                     S::round_rows(block, full, targets, column - origin..column - origin + count);
                 }
             }
@@ -113,8 +118,13 @@ pub(super) fn weights<S: Arithmetic>(
         (layer.routing.of(*expert).len() + 8) * lines.len() * columns.len()
     };
     tasks.sort_by_key(|task| std::cmp::Reverse(size(task)));
-    let scratch =
-        || Scratch::<S> { left: Vec::new(), right: Vec::new(), line: Vec::new(), block: Vec::new() };
+    let scratch = || Scratch::<S> {
+        left: Vec::new(),
+        right: Vec::new(),
+        line: Vec::new(),
+        block: Vec::new(),
+        ahead: Ahead::default(),
+    };
     threads::for_each(tasks.len(), stage.serial, scratch, |task, scratch| {
         let (expert, first, lines, columns) = tasks[task].clone();
         let rows = layer.routing.of(expert);

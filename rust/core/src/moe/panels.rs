@@ -2,17 +2,18 @@
 //!
 //! ```text
 //! X panels = gathered tokens, transposed                  [d, up to 48 tokens] each
-//! for each block of features: copy its weight rows compactly
+//! for each block of features:
 //!     for each panel: H = W_in X;  A panel[features] = act(H)
-//! for each block of outputs: copy its weight rows compactly
+//! for each block of outputs:
 //!     for each panel: Y = W_out A;  transposed into the rows' sums
 //! ```
 //! Departures: (1) the gather is the packing of the panel, tokens are never copied otherwise; (2) lanes are tokens in
 //! both products, so the activation's output *is* the second product's panel: no transposition, no store to memory in
-//! between; (3) weights are streamed once per block of up to [`ROWS`] tokens, the next features' while these are multiplied.
+//! between; (3) weights are streamed once per block of up to [`ROWS`] tokens, asked for a
+//! block ahead while the one before is multiplied; rows that cannot be read in place are copied compactly.
 
-use super::problem::Layer;
 use super::lines;
+use super::problem::Layer;
 use crate::arch::{Ahead, Kernel};
 use crate::dtype::Real;
 use crate::gemm::accumulate;
@@ -96,21 +97,25 @@ pub fn run<S: Arithmetic>(
         let count = FEATURES.min(layer.hidden - first);
         let (gates, ups) = layer.feature_rows(first, count);
         let all: Vec<usize> = gates.iter().chain(&ups).copied().collect();
-        pack::compact(&Lines::gathered(matrix, &all), 0, all.len(), stride, weights);
-        let copied = Matrix::new(weights, all.len(), depth, stride);
+        let (gate_lines, up_lines) =
+            in_place::<S>(matrix, &gates).zip(in_place::<S>(matrix, &ups)).unwrap_or_else(|| {
+                pack::compact(&Lines::gathered(matrix, &all), 0, all.len(), stride, weights);
+                let copied = Matrix::new(weights, all.len(), depth, stride);
+                (copied.part(0..count, 0..depth), copied.part(count..all.len(), 0..depth))
+            });
         let following = first + FEATURES..layer.hidden.min(first + 2 * FEATURES).max(first + FEATURES);
         if following.is_empty() {
-            ahead.set((0..FEATURES.min(layer.width)).map(|row| down.part(row..row + 1, 0..layer.hidden)));
+            ahead.set((0..FEATURES.min(layer.width)).filter_map(|row| down.row(row)));
         } else {
             let (gates, ups) = layer.feature_rows(following.start, following.len());
-            ahead.set(gates.into_iter().chain(ups).map(|row| matrix.part(row..row + 1, 0..layer.width)));
+            ahead.set(gates.into_iter().chain(ups).filter_map(|row| matrix.row(row)));
         }
         for (p, &(row, tokens_in, width)) in panels.iter().enumerate() {
             let panel = Matrix::new(&tokens[p * full * depth..][..depth * width], depth, width, width);
-            accumulate::<S>(copied.part(0..count, 0..depth), panel, gate, width, ahead);
+            accumulate::<S>(gate_lines, panel, gate, width, ahead);
             add_bias(gate, &gates, width, |row| layer.gate_up_bias::<S>(expert, row));
             if !ups.is_empty() {
-                accumulate::<S>(copied.part(count..2 * count, 0..depth), panel, up, width, ahead);
+                accumulate::<S>(up_lines, panel, up, width, ahead);
                 add_bias(up, &ups, width, |row| layer.gate_up_bias::<S>(expert, row));
             }
             if let Some(pre) = pre {
@@ -133,14 +138,16 @@ pub fn run<S: Arithmetic>(
             rows.clone().map(|row| sums.take(row * sums.per_row() + first / lines::SEGMENT)).collect();
         for start in (0..segment).step_by(FEATURES) {
             let count = FEATURES.min(segment - start);
-            pack::compact(&Lines::all(matrix), first + start, count, stride, weights);
-            let copied = Matrix::new(weights, count, hidden, stride);
+            let outputs: Vec<usize> = (first + start..first + start + count).collect();
+            let down_lines = in_place::<S>(matrix, &outputs).unwrap_or_else(|| {
+                pack::compact(&Lines::all(matrix), first + start, count, stride, weights);
+                Matrix::new(weights, count, hidden, stride)
+            });
             let next = first + start + count;
-            ahead.set((next..layer.width.min(next + FEATURES)).map(|row| matrix.part(row..row + 1, 0..layer.hidden)));
+            ahead.set((next..layer.width.min(next + FEATURES)).filter_map(|row| matrix.row(row)));
             for (p, &(row, tokens, width)) in panels.iter().enumerate() {
                 let panel = Matrix::new(&active[p * full * hidden..][..hidden * width], hidden, width, width);
-                accumulate::<S>(copied, panel, gate, width, ahead);
-                let outputs: Vec<usize> = (first + start..first + start + count).collect();
+                accumulate::<S>(down_lines, panel, gate, width, ahead);
                 add_bias(gate, &outputs, width, |output| layer.down_bias::<S>(expert, output));
                 let place = row - rows.start;
                 let mut parts: Vec<&mut [S::Acc]> =
@@ -149,6 +156,14 @@ pub fn run<S: Arithmetic>(
             }
         }
     }
+}
+
+/// Rows of a matrix that lie evenly apart, as units where they are: most weights. (Rows a multiple of 4 KiB apart share
+/// a set of the first-level cache; the dozen that are read side by side fit its ways, and copying them costs more.)
+fn in_place<'a, S: Arithmetic>(matrix: Matrix<'a, S>, rows: &[usize]) -> Option<Matrix<'a, S::Unit>> {
+    let step = rows.get(1).map_or(1, |second| second - rows[0]);
+    let first = rows.first().copied().unwrap_or(0);
+    S::borrow(matrix.every(first, rows.len(), step)).filter(|lines| lines.col_stride() == 1 || lines.cols() <= 1)
 }
 
 fn grow<U: Copy + Default>(buffer: &mut Vec<U>, len: usize) {

@@ -74,7 +74,7 @@ fn product<S: Arithmetic>(
         let part = lines.range(start * S::PER_UNIT..lines.len().min(end * S::PER_UNIT));
         let units = pack::stacked(&part, columns.clone(), full, right, line);
         let following = end * S::PER_UNIT..lines.len().min((end + chunk) * S::PER_UNIT).max(end * S::PER_UNIT);
-        ahead.set(following.map(|k| lines.line(k)).map(|row| row.part(0..1, columns.clone())));
+        ahead.set(following.filter_map(|k| lines.line(k).part(0..1, columns.clone()).row(0)));
         for (p, first) in columns.clone().step_by(full).enumerate() {
             let width = full.min((columns.end - first).next_multiple_of(S::lanes()));
             let panel = Matrix::new(&right[p * pack::block_step(units, full)..], units, width, full);

@@ -1,4 +1,6 @@
-use super::layer::{Layout, Weights, forward};
+use super::backward::{Gradients, Inputs, backward};
+use super::forward::forward;
+use super::problem::{Layout, Pairs, Weights};
 use super::routing::{NONE, Routing};
 use crate::arch::Activation;
 use crate::dtype::Real;
@@ -25,10 +27,13 @@ fn check<S: Arithmetic>([tokens, d, n, experts, slots]: [usize; 5], layout: Layo
         activation: Activation::Swiglu,
     };
     let pairs = [tokens, slots];
-    let (ids_view, scores_view) =
-        (Array::from_slice(&ids, &pairs).unwrap(), Array::from_slice(&scores, &pairs).unwrap());
+    let routing = Pairs {
+        ids: Array::from_slice(&ids, &pairs).unwrap(),
+        scores: Array::from_slice(&scores, &pairs).unwrap(),
+        tokens: None,
+    };
     let out_view = ArrayMut::from_slice(&mut out, &[tokens, d]).unwrap();
-    forward(Array::from_slice(&x, &[tokens, d]).unwrap(), &ids_view, &scores_view, weights, out_view).unwrap();
+    forward(Array::from_slice(&x, &[tokens, d]).unwrap(), &routing, weights, out_view, None).unwrap();
     let mut worst = 0f64;
     let mut size = 0f64;
     for t in 0..tokens {
@@ -75,12 +80,77 @@ fn the_layer_matches_the_definition_at_every_level() {
     });
 }
 
+/// Directional derivative of <grad, layer> by central differences against the gradients, in double precision.
+#[test]
+fn gradients_match_differences_at_every_level() {
+    let [tokens, d, n, experts, slots] = [9, 6, 5, 3, 2];
+    let sizes = [tokens * d, tokens * slots, experts * 2 * n * d, experts * d * n];
+    let ids: Vec<i32> = (0..tokens * slots).map(|p| [0, 2, -1, 2][p % 4]).collect(); // expert 1 stays empty
+    let point: Vec<Vec<f64>> = sizes.iter().enumerate().map(|(i, &size)| noise(size, i as u32 + 1)).collect();
+    let along: Vec<Vec<f64>> = sizes.iter().enumerate().map(|(i, &size)| noise(size, i as u32 + 11)).collect();
+    let grad = noise(tokens * d, 21);
+    let weights = |p: &[Vec<f64>], f: &mut dyn FnMut(Array<'_>, Pairs<'_>, Weights<'_>)| {
+        let view = |data, shape: &[usize]| Array::from_slice::<f64>(data, shape).unwrap();
+        let ids = Array::from_slice(&ids, &[tokens, slots]).unwrap();
+        let pairs = Pairs { ids, scores: view(&p[1], &[tokens, slots]), tokens: None };
+        let weights = Weights {
+            gate_up: view(&p[2], &[experts, 2 * n, d]),
+            down: view(&p[3], &[experts, d, n]),
+            gate_up_bias: None,
+            down_bias: None,
+            layout: Layout::Interleaved,
+            activation: Activation::GegluTanh,
+        };
+        f(view(&p[0], &[tokens, d]), pairs, weights);
+    };
+    let run = |p: &[Vec<f64>]| {
+        let (mut out, mut pre) = (vec![f64::NAN; tokens * d], vec![f64::NAN; tokens * slots * 2 * n]);
+        weights(p, &mut |x, pairs, weights| {
+            let pre_view = ArrayMut::from_slice(&mut pre, &[tokens * slots, 2 * n]).unwrap();
+            forward(x, &pairs, weights, ArrayMut::from_slice(&mut out, &[tokens, d]).unwrap(), Some(pre_view)).unwrap();
+        });
+        (out, pre)
+    };
+    let moved = |step: f64| {
+        let shift = |(a, b): (&Vec<f64>, &Vec<f64>)| a.iter().zip(b).map(|(a, b)| a + step * b).collect();
+        let out = run(&point.iter().zip(&along).map(shift).collect::<Vec<_>>()).0;
+        out.iter().zip(&grad).map(|(o, g)| o * g).sum::<f64>()
+    };
+    at_every_level(|_| {
+        let difference = (moved(1e-5) - moved(-1e-5)) / 2e-5;
+        let pre = run(&point).1;
+        let mut out: Vec<Vec<f64>> = sizes.iter().map(|&size| vec![f64::NAN; size]).collect();
+        weights(&point, &mut |x, pairs, weights| {
+            let [gx, gs, gu, gd] = &mut out[..] else { unreachable!() };
+            let gradients = Gradients {
+                x: Some(ArrayMut::from_slice(gx, &[tokens, d]).unwrap()),
+                scores: Some(ArrayMut::from_slice(gs, &[tokens, slots]).unwrap()),
+                gate_up: Some(ArrayMut::from_slice(gu, &[experts, 2 * n, d]).unwrap()),
+                down: Some(ArrayMut::from_slice(gd, &[experts, d, n]).unwrap()),
+                ..Gradients::default()
+            };
+            let inputs = Inputs {
+                grad: Array::from_slice(&grad, &[tokens, d]).unwrap(),
+                x,
+                pairs,
+                weights,
+                pre_activation: Array::from_slice(&pre, &[tokens * slots, 2 * n]).unwrap(),
+            };
+            backward(inputs, gradients).unwrap();
+        });
+        let product = |(a, b): (&Vec<f64>, &Vec<f64>)| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        let slope: f64 = out.iter().zip(&along).map(product).sum();
+        assert!((slope - difference).abs() < 1e-7 * difference.abs().max(1.0), "{slope} {difference}");
+        assert!(out[2][2 * n * d..4 * n * d].iter().all(|&w| w == 0.0), "an expert without rows has zero gradients");
+    });
+}
+
 proptest! {
     #[test]
     fn a_routing_is_a_stable_grouping(ids in proptest::collection::vec(-1i64..6, 0..60), slots in 1usize..4) {
         let ids = &ids[..ids.len() / slots * slots];
         let experts = 5;
-        let routing = Routing::new(ids.iter().copied(), slots, experts);
+        let routing = Routing::new(ids, slots, experts);
         let valid = ids.iter().filter(|id| (0..experts as i64).contains(*id)).count();
         prop_assert_eq!(routing.offsets[0], 0);
         prop_assert_eq!(routing.offsets[experts], valid);

@@ -119,8 +119,7 @@ fn experts_backward<'py>(
     let operands = Operands::take(py, &arrays, &options)?;
     let (grad, pre) = (hold("grad", grad)?, hold("pre_activation", pre_activation)?);
     let mut held = Vec::with_capacity(outputs.len());
-    let names =
-        ["grad_x", "grad_weights", "grad_gate_up", "grad_down", "grad_gate_up_bias", "grad_down_bias"];
+    let names = ["grad_x", "grad_weights", "grad_gate_up", "grad_down", "grad_gate_up_bias", "grad_down_bias"];
     for (name, output) in names.into_iter().zip(&outputs) {
         held.push(hold_optional(name, output.as_ref())?);
     }

@@ -36,6 +36,10 @@ pub(crate) unsafe fn round<V: Half>(from: *const f32, to: *mut u16, count: usize
     unsafe {
         let whole = count / V::LANES * V::LANES;
         let mut i = 0;
+        while i + 2 * V::LANES <= whole {
+            V::store_bf16_two(V::load(from.add(i)), V::load(from.add(i + V::LANES)), to.add(i));
+            i += 2 * V::LANES;
+        }
         while i < whole {
             V::load(from.add(i)).store_bf16(to.add(i));
             i += V::LANES;

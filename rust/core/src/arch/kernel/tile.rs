@@ -21,7 +21,6 @@
 //!    accumulators to hide the latency of the multiplier.
 
 use crate::arch::vector::{Dot, Vector};
-use crate::view::Matrix;
 
 /// Memory to ask for while a product runs: rows, one line of the cache a step.
 #[derive(Debug, Default)]
@@ -36,12 +35,11 @@ pub struct Ahead {
 impl Ahead {
     const LINE: usize = 64;
 
-    /// Forgets what was left, and asks for these rows from now on. All are of one length; a row whose elements do not
-    /// lie side by side is left out.
-    pub fn set<'a, T: Copy + 'a>(&mut self, rows: impl Iterator<Item = Matrix<'a, T>>) {
+    /// Forgets what was left, and asks for these rows, all of one length, from now on.
+    pub fn set<'a, T: 'a>(&mut self, rows: impl Iterator<Item = &'a [T]>) {
         self.starts.clear();
         (self.next, self.left, self.lines) = (0, 0, 0);
-        for row in rows.filter_map(|row| row.row(0)) {
+        for row in rows {
             self.lines = std::mem::size_of_val(row).div_ceil(Self::LINE);
             self.starts.push(row.as_ptr() as usize);
         }
@@ -72,7 +70,14 @@ pub(crate) struct Args<A, B, C> {
 }
 
 #[inline(always)]
-unsafe fn strip<D: Dot, const MR: usize, const NV: usize, const AHEAD: isize, const ADJACENT: bool, const WALK: bool>(
+unsafe fn strip<
+    D: Dot,
+    const MR: usize,
+    const NV: usize,
+    const AHEAD: isize,
+    const ADJACENT: bool,
+    const WALK: bool,
+>(
     args: &Args<D::A, D::B, <D::V as Vector>::Elem>,
     first: usize,
 ) {
@@ -134,7 +139,14 @@ unsafe fn strip<D: Dot, const MR: usize, const NV: usize, const AHEAD: isize, co
 
 /// All rows, in strips of at most `MAX`.
 #[inline(always)]
-unsafe fn strips<D: Dot, const NV: usize, const MAX: usize, const AHEAD: isize, const ADJACENT: bool, const WALK: bool>(
+unsafe fn strips<
+    D: Dot,
+    const NV: usize,
+    const MAX: usize,
+    const AHEAD: isize,
+    const ADJACENT: bool,
+    const WALK: bool,
+>(
     args: &Args<D::A, D::B, <D::V as Vector>::Elem>,
 ) {
     let mut row = 0;
