@@ -178,9 +178,8 @@ def main() -> None:
         for way, curve in curves.items():
             print(f"  {way:9} {max(abs(a - b) for a, b in zip(curve, truth, strict=True)):.2e}")
 
-    print(
-        f"\n| {options.dtype}, {options.rows} x {options.length} bytes | median | spread | tilewise is |\n|---|---|---|---|"
-    )
+    print(f"\n| {options.dtype}, {options.rows} x {options.length} bytes | median | spread | tilewise is |")
+    print("|---|---|---|---|")
     parts: dict[str, Callable[[TinyTarget], Callable[[], Any]]] = {
         "step": lambda model: stepper(model, *size, dtype), "experts": lambda model: layers_alone(model, *size, dtype)
     }  # fmt: skip

@@ -11,7 +11,6 @@ copy of (here the router) are averaged. Uses gloo on the CPU, nccl with `--devic
 from __future__ import annotations
 
 import argparse
-import os
 import time
 
 import torch
@@ -41,7 +40,7 @@ def main() -> None:
 
     dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    device = torch.device(options.device, int(os.environ.get("LOCAL_RANK", "0")) if options.device == "cuda" else None)
+    device = torch.device("cuda", dist.get_node_local_rank()) if options.device == "cuda" else torch.device("cpu")
 
     torch.manual_seed(0)  # the same router everywhere ...
     layer = MoE(

@@ -25,6 +25,15 @@ _spec.loader.exec_module(hf_models)
 tilewise.hf.register()
 
 
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from torch's threads, which wait for each other in a busy loop."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=hf_models.NAMES)
 def model(request: pytest.FixtureRequest) -> Any:
     """A small model in float64 with eager experts; tests copy it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,15 @@ ROUTERS: list[dict[str, Any]] = [
     {"scoring": "sigmoid", "groups": 2, "top_groups": 1},
 ]
 RULES = ["nearest", "stochastic", "nearest_score", "balance", "up", "down"]
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from torch's threads, which wait for each other in a busy loop."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make(seed: int = 0, **options: Any) -> MoE:
