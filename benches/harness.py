@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tilewise.bench.harness import PAUSE, Timing, interleave, machine, read_bandwidth, speedup
+from tilewise.bench.harness import PAUSE, Timing, interleave, machine, memory_reader, speedup
 
-__all__ = ["PAUSE", "Timing", "interleave", "machine", "read_bandwidth", "speedup"]
+__all__ = ["PAUSE", "Timing", "interleave", "machine", "memory_reader", "speedup"]

@@ -6,6 +6,6 @@
 
 from __future__ import annotations
 
-from tilewise.bench.harness import Timing, interleave, machine, read_bandwidth, speedup
+from tilewise.bench.harness import Timing, interleave, machine, memory_reader, speedup
 
-__all__ = ["Timing", "interleave", "machine", "read_bandwidth", "speedup"]
+__all__ = ["Timing", "interleave", "machine", "memory_reader", "speedup"]

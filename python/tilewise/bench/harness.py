@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["PAUSE", "Timing", "interleave", "machine", "read_bandwidth", "speedup"]
+__all__ = ["PAUSE", "Timing", "interleave", "machine", "memory_reader", "speedup"]
 
 
 @dataclass(frozen=True)
@@ -95,20 +95,21 @@ def speedup(ours: Timing, peer: Timing) -> float:
     return statistics.median(theirs / mine for mine, theirs in zip(ours.seconds, peer.seconds, strict=True))
 
 
-def read_bandwidth(threads: int, megabytes: int = 512, rounds: int = 5) -> float:
-    """Bytes per second at which `threads` threads read memory that no cache holds: the best of `rounds`.
+def memory_reader(threads: int, megabytes: int = 256) -> tuple[Callable[[], Any], float]:
+    """A function that reads memory no cache holds with `threads` threads, and the bytes of one call.
 
     Each thread takes the maximum of its part of one array (a vectorised pass without a product to wait for).
+
+    Example:
+        >>> read, size = memory_reader(1, megabytes=1)
+        >>> read(), size
+        ([np.int32(1)], 1048576.0)
     """
     values = np.ones(megabytes * 2**20 // 4, np.int32)
     parts = np.array_split(values, threads)
-    best = 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(rounds + 1):
-            start = time.perf_counter()
-            list(pool.map(np.max, parts))  # NumPy lets go of the interpreter meanwhile
-            best = max(best, values.nbytes / (time.perf_counter() - start))
-    return best
+    pool = ThreadPoolExecutor(threads)
+    # NumPy lets go of the interpreter meanwhile.
+    return lambda: list(pool.map(np.max, parts)), float(values.nbytes)
 
 
 def _others() -> float | None:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from tilewise import moe
-from tilewise.errors import UnsupportedError
 from tilewise.moe import Activation, ExpertGradients, Layout
-from tilewise.torch._library import define, refuse_device
+from tilewise.torch._library import define, differentiate, refuse_device
 
 __all__ = ["experts"]
 
@@ -105,15 +104,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None
     return tuple(nothing)
 
 
-def _refuse_twice(ctx: Any, *_: Any) -> None:
-    raise UnsupportedError(
-        "moe.experts: a second derivative (create_graph=True, then backward through the gradient) is not supported; "
-        "use the module's eager experts where you need one"
-    )
-
-
-torch.library.register_autograd("tilewise::moe_experts", _differentiate, setup_context=_setup)
-torch.library.register_autograd("tilewise::moe_experts_backward", _refuse_twice, setup_context=lambda *_, **__: None)
+differentiate("moe_experts", _setup, _differentiate, operator="moe_experts_backward")
 
 
 def experts(
@@ -133,7 +124,7 @@ def experts(
 ) -> Tensor:
     """The expert layer on torch tensors; arguments, result and errors as in :func:`tilewise.moe.experts`.
 
-    Differentiable by `x`, `weights`, `gate_up`, `down` and both biases. Where no gradient is asked for, nothing is kept.
+    Differentiable by `x`, `weights`, `gate_up`, `down` and both biases; without a gradient nothing is kept.
     Under autocast, `x`, the expert weights and biases are cast to its type; the routing weights stay as they are.
 
     Raises:

@@ -103,12 +103,12 @@ pub(super) fn weights<S: Arithmetic>(
     let x = layer.x.matrix::<S>(&[]);
     let mut tasks = Vec::new();
     for expert in 0..layer.experts() {
-        if gate_up.is_some() && d > 0 {
+        if gate_up.is_some() && d > 0 && n > 0 {
             cut::<S>(layer.routing.of(expert).len(), halves * n, d, |lines, columns| {
                 tasks.push((expert, true, lines, columns));
             });
         }
-        if down.is_some() && n > 0 {
+        if down.is_some() && d > 0 && n > 0 {
             cut::<S>(layer.routing.of(expert).len(), d, n, |lines, columns| {
                 tasks.push((expert, false, lines, columns));
             });
