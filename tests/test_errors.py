@@ -734,7 +734,7 @@ FRONTS = [
         "experts: second derivative",
         twice_differentiated_experts,
         UnsupportedError,
-        ("experts", "second derivative"),
+        ("experts", "double backward"),
     ),
     Row("hf.round_tokens: no experts", rounded_llama, UnsupportedError, ("LlamaForCausalLM", "no expert modules")),
     Row("plot: counts", lambda: plot.padded_share([[1]], 4), ShapeError, ("load:", "[experts]", "[1, 1]")),
