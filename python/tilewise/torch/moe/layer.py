@@ -30,8 +30,8 @@ def _options(rest: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _experts_kernel(x: Tensor, expert_ids: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *rest, keep = rest
-    options = _options(tuple(rest))
+    keep = rest[-1]
+    options = _options(rest[:-1])
     if keep:
         return moe.experts_forward(x, expert_ids, weights, **options)
     return moe.experts(x, expert_ids, weights, **options), x.new_empty(0)
@@ -55,11 +55,9 @@ _experts = define(
 def _backward_kernel(
     grad: Tensor, pre_activation: Tensor, x: Tensor, expert_ids: Tensor, weights: Tensor, *rest: Any
 ) -> list[Tensor]:
-    *rest, wanted = rest
+    wanted = rest[-1]
     names = [name for name, want in zip(ExpertGradients._fields, wanted, strict=True) if want]
-    gradients = moe.experts_backward(
-        grad, pre_activation, x, expert_ids, weights, **_options(tuple(rest)), wanted=names
-    )
+    gradients = moe.experts_backward(grad, pre_activation, x, expert_ids, weights, **_options(rest[:-1]), wanted=names)
     return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
@@ -114,6 +112,17 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None
 differentiate("moe_experts", _setup, _differentiate, operator="moe_experts_backward")
 
 
+def _autocast(x: Tensor, gate_up: Tensor, down: Tensor, *biases: Tensor | None) -> tuple[Any, ...]:
+    """The operands in autocast's type, where it is on; as torch does, double precision is left alone."""
+    operands = (x, gate_up, down, *biases)
+    if not torch.is_autocast_enabled(x.device.type):
+        return operands
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(
+        tensor.to(dtype) if tensor is not None and tensor.dtype != torch.float64 else tensor for tensor in operands
+    )
+
+
 def experts(
     x: Tensor,
     expert_ids: Tensor,
@@ -157,12 +166,7 @@ def experts(
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
     )
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
-        gate_up_bias = None if gate_up_bias is None else gate_up_bias.to(dtype)
-        down_bias = None if down_bias is None else down_bias.to(dtype)
+    x, gate_up, down, gate_up_bias, down_bias = _autocast(x, gate_up, down, gate_up_bias, down_bias)
     differentiable = (x, weights, gate_up, down, gate_up_bias, down_bias)
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
     operands = (x, expert_ids, weights, token_ids, gate_up, down, gate_up_bias, down_bias)
