@@ -28,7 +28,7 @@ const GROUP: usize = 384;
 /// Lines of the result that are multiplied at a time: a multiple of every block of the left operand.
 const STRIP: usize = 96;
 /// Most lines of the result in a task.
-const LINES: usize = 1152;
+const LINES: usize = 2048;
 /// Size of the stacked left operand.
 const LEFT_BYTES: usize = 768 << 10;
 
