@@ -1,4 +1,4 @@
-"""The expert layer's backward pass: the invariants and adversarial groups of docs/moe.md, by number."""
+"""The expert layer's backward pass: the invariants and adversarial groups of docs/moe.md, by their number there."""
 
 from __future__ import annotations
 
