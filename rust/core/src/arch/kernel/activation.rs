@@ -81,11 +81,51 @@ unsafe fn gelu_tanh<V: Vector>(x: V) -> V {
     }
 }
 
+/// Ascending coefficients of `exp(z^2) erfc(z) / t` in `t = 1 / (1 + 0.45 z)`, z >= 0: a minimax fit of relative error
+/// 3.2e-8 (Lawson's iteration on 200 Chebyshev nodes of t, values to 40 digits).
+const SCALED_ERFC: [f64; 10] = [
+    0.253_885_320_938_142_64,
+    0.253_883_150_209_516_7,
+    0.228_271_898_226_812_32,
+    0.175_249_750_137_041_86,
+    0.119_962_245_989_987_61,
+    -0.022_391_981_095_131_165,
+    0.142_459_538_668_973_82,
+    -0.300_641_741_456_102_34,
+    0.190_720_385_049_365_8,
+    -0.041_398_553_088_626_84,
+];
+/// The constant in `t`.
+const SCALED_ERFC_GAIN: f64 = 0.45;
+
+/// (Phi(x), phi(x)): distribution and density of the normal law. Relative error of x Phi(x) below 6e-7 for |x| < 3, then
+/// growing with the rounding of x^2 (7e-6 at -13). Double precision goes lane by lane through libm, for correctness.
+#[inline(always)]
+unsafe fn normal<V: Vector>(x: V) -> (V, V) {
+    let scale = 1.0 / (2.0 * std::f64::consts::PI).sqrt();
+    // SAFETY: lane arithmetic.
+    unsafe {
+        if size_of::<V::Elem>() == 8 {
+            let distribution = by_lane(x, |x| 0.5 * libm::erfc(-x * std::f64::consts::FRAC_1_SQRT_2));
+            return (distribution, by_lane(x, |x| libm::exp(-0.5 * x * x) * scale));
+        }
+        let c = |value: f64| V::splat(V::Elem::of(value));
+        let size = c(0.0).sub(x).max(x);
+        let t = c(1.0).div(size.mul_add(c(SCALED_ERFC_GAIN * std::f64::consts::FRAC_1_SQRT_2), c(1.0)));
+        let mut sum = c(SCALED_ERFC[9]);
+        for &coefficient in SCALED_ERFC[..9].iter().rev() {
+            sum = sum.mul_add(t, c(coefficient));
+        }
+        let bell = x.mul(x).mul(c(-0.5 * std::f64::consts::LOG2_E)).exp2();
+        let tail = sum.mul(t).mul(bell).mul(c(0.5));
+        (x.where_greater(c(0.0), c(1.0).sub(tail), tail), bell.mul(c(scale)))
+    }
+}
+
 #[inline(always)]
 unsafe fn gelu<V: Vector>(x: V) -> V {
-    // The error function has no short polynomial of full accuracy: lane by lane through libm.
     // SAFETY: lane arithmetic.
-    unsafe { by_lane(x, |x| 0.5 * x * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2))) }
+    unsafe { x.mul(normal(x).0) }
 }
 
 #[inline(always)]
@@ -155,15 +195,13 @@ unsafe fn gelu_tanh_slope<V: Vector>(x: V) -> V {
     }
 }
 
-/// `gelu'(x) = Phi(x) + x phi(x)`.
+/// `gelu(x) = x Phi(x)` and its derivative `Phi(x) + x phi(x)`.
 #[inline(always)]
-unsafe fn gelu_slope<V: Vector>(x: V) -> V {
+unsafe fn gelu_with_slope<V: Vector>(x: V) -> (V, V) {
     // SAFETY: lane arithmetic.
     unsafe {
-        by_lane(x, |x| {
-            let density = libm::exp(-0.5 * x * x) / (2.0 * std::f64::consts::PI).sqrt();
-            0.5 * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2)) + x * density
-        })
+        let (distribution, density) = normal(x);
+        (x.mul(distribution), x.mul_add(density, distribution))
     }
 }
 
@@ -182,8 +220,8 @@ unsafe fn differentiate<V: Vector>(kind: Activation, gate: V, up: V) -> (V, V, V
                 (unit.mul(up), up.mul(silu_slope(gate, s)), unit)
             }
             Activation::Geglu => {
-                let unit = gelu(gate);
-                (unit.mul(up), up.mul(gelu_slope(gate)), unit)
+                let (unit, slope) = gelu_with_slope(gate);
+                (unit.mul(up), up.mul(slope), unit)
             }
             Activation::GegluTanh => {
                 let unit = gelu_tanh(gate);
@@ -209,7 +247,10 @@ unsafe fn differentiate<V: Vector>(kind: Activation, gate: V, up: V) -> (V, V, V
                 let s = sigmoid(gate);
                 (gate.mul(s), silu_slope(gate, s), zero)
             }
-            Activation::Gelu => (gelu(gate), gelu_slope(gate), zero),
+            Activation::Gelu => {
+                let (value, slope) = gelu_with_slope(gate);
+                (value, slope, zero)
+            }
             Activation::GeluTanh => (gelu_tanh(gate), gelu_tanh_slope(gate), zero),
             Activation::Relu => (relu(gate), step(gate, one), zero),
             Activation::Relu2 => {
