@@ -145,6 +145,7 @@ impl Held<'_> {
             (2, 64, 1) => Dtype::F64,
             (2, 16, 1) => Dtype::F16,
             (4, 16, 1) | (1, 16, 1) => Dtype::Bf16,
+            (0, 8, 1) => Dtype::I8,
             (0, 32, 1) => Dtype::I32,
             (0, 64, 1) => Dtype::I64,
             (6, 8, 1) => Dtype::Bool,
@@ -158,7 +159,7 @@ impl Held<'_> {
                     _ => "an unknown type of ",
                 };
                 let got = if lanes == 1 { format!("{kind}{bits}") } else { format!("{kind}{bits}x{lanes}") };
-                let allowed = "float32, float64, float16, bfloat16, int32, int64 or bool";
+                let allowed = "float32, float64, float16, bfloat16, int8, int32, int64 or bool";
                 return Err(to_python(py, &Error::dtype(self.name, allowed, got)));
             }
         };

@@ -42,6 +42,9 @@ pub fn forward(
     if out.shape() != x.shape() || out.dtype() != x.dtype() {
         return Err(Error::shape("out", format!("{:?} of {}, as x", x.shape(), x.dtype()), out.shape()));
     }
+    if pre_activation.is_some() {
+        layer.refuse_int8()?;
+    }
     let shape = [layer.routing.rows.len(), layer.halves() * layer.hidden];
     if let Some(array) = &pre_activation
         && (array.shape() != shape || array.dtype() != x.dtype())
