@@ -1,6 +1,7 @@
 """The expert layer on torch tensors (see :mod:`tilewise.moe.layer`), with gradients.
 
-Two operators: the layer (with or without its pre-activation) and its gradients. Between the passes autograd keeps the
+Three operators: the layer (with or without its pre-activation), its gradients, and the layer on int8 weights (no
+gradients). Between the passes autograd keeps the
 inputs and the pre-activation, nothing else: ``2 T d + 4 T K n`` bytes in bfloat16 beside ids and weights.
 """
 
@@ -116,6 +117,22 @@ torch.library.register_autograd("tilewise::moe_experts", _differentiate, setup_c
 torch.library.register_autograd("tilewise::moe_experts_backward", _refuse_twice, setup_context=lambda *_, **__: None)
 
 
+_QUANTISED = _ARGUMENTS.replace(", str activation", ", Tensor? gate_up_scale, Tensor? down_scale, str activation")
+
+
+def _quantised_kernel(x: Tensor, expert_ids: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+    *tensors, gate_up_scale, down_scale, activation, layout, alpha, limit = rest
+    options = _options((*tensors, activation, layout, alpha, limit))
+    return moe.experts(x, expert_ids, weights, **options, gate_up_scale=gate_up_scale, down_scale=down_scale)
+
+
+def _quantised_fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_quantised = define("moe_experts_quantised", f"({_QUANTISED}) -> Tensor", _quantised_kernel, _quantised_fake)
+
+
 def experts(
     x: Tensor,
     expert_ids: Tensor,
@@ -128,16 +145,19 @@ def experts(
     layout: Layout = "concatenated",
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
     alpha: float = 1.702,
     limit: float = 7.0,
 ) -> Tensor:
     """The expert layer on torch tensors; arguments, result and errors as in :func:`tilewise.moe.experts`.
 
-    Differentiable by `x`, `weights`, `gate_up`, `down` and both biases. Where no gradient is asked for, nothing is kept.
-    Under autocast, `x`, the expert weights and biases are cast to its type; the routing weights stay as they are.
+    Differentiable by `x`, `weights`, `gate_up`, `down` and both biases; nothing is kept where no gradient is asked for.
+    Under autocast, `x`, the expert weights and biases are cast to its type; the routing weights stay as they are, and
+    so do int8 weights and their scales. The layer on int8 weights is for inference.
 
     Raises:
-        UnsupportedError: on a second derivative.
+        UnsupportedError: on a second derivative; int8 weights where a gradient is asked for.
 
     Example:
         >>> import torch
@@ -148,14 +168,33 @@ def experts(
         tensor(0.)
     """
     refuse_device(x=x, expert_ids=expert_ids, weights=weights, token_ids=token_ids, gate_up=gate_up, down=down)
-    refuse_device(gate_up_bias=gate_up_bias, down_bias=down_bias)
+    refuse_device(gate_up_bias=gate_up_bias, down_bias=down_bias, gate_up_scale=gate_up_scale, down_scale=down_scale)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
-        gate_up_bias = None if gate_up_bias is None else gate_up_bias.to(dtype)
-        down_bias = None if down_bias is None else down_bias.to(dtype)
-    differentiable = (x, weights, gate_up, down, gate_up_bias, down_bias)
-    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
+        x, gate_up, down, gate_up_bias, down_bias = (
+            tensor if tensor is None or tensor.dtype == torch.int8 else tensor.to(dtype)
+            for tensor in (x, gate_up, down, gate_up_bias, down_bias)
+        )
     operands = (x, expert_ids, weights, token_ids, gate_up, down, gate_up_bias, down_bias)
-    return _experts(*operands, activation, layout, float(alpha), float(limit), keep)[0]
+    differentiable = {
+        "x": x,
+        "weights": weights,
+        "gate_up": gate_up,
+        "down": down,
+        "gate_up_bias": gate_up_bias,
+        "down_bias": down_bias,
+        "gate_up_scale": gate_up_scale,
+        "down_scale": down_scale,
+    }
+    wanted = [name for name, tensor in differentiable.items() if tensor is not None and tensor.requires_grad]
+    keep = torch.is_grad_enabled() and len(wanted) > 0
+    options = (activation, layout, float(alpha), float(limit))
+    if gate_up_scale is None and down_scale is None and torch.int8 not in (gate_up.dtype, down.dtype):
+        return _experts(*operands, *options, keep)[0]
+    if keep:
+        raise UnsupportedError(
+            f"moe.experts: {wanted[0]} requires a gradient and int8 weights have none; dequantise for training "
+            "(gate_up * gate_up_scale[..., None], in the type of x), or call it under torch.no_grad()"
+        )
+    return _quantised(*operands, gate_up_scale, down_scale, *options)

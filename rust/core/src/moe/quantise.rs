@@ -5,8 +5,8 @@
 //!     scale = max |w| / 127, rounded to float32
 //!     q = w / scale, rounded to nearest even
 //! ```
-//! In double precision throughout, so `|w - scale q| <= scale / 2`, but for the rounding of the scale (2^-24 of it): a row
-//! of zeros has scale 0, and a scale that is subnormal is rounded up, or q would not fit.
+//! In double precision throughout, so `|w - scale q| <= scale / 2` but for the rounding of the quotient. A row of zeros
+//! has scale 0. A scale that is subnormal has few bits and is rounded up, or the largest q would not fit.
 
 use crate::dtype::{Dtype, Float, Real};
 use crate::error::{Error, Result};
