@@ -13,6 +13,8 @@
 mod aggregate;
 pub mod backward;
 pub mod forward;
+#[cfg(test)]
+mod int8_tests;
 mod largest;
 mod lines;
 mod outer;
