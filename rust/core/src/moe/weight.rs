@@ -74,9 +74,8 @@ impl<'a, S: Arithmetic> Weight<'a, S> {
 
 /// Few rows of x, as the products with a weight read them: its units, or accumulators beside bytes.
 pub struct Few<S: Arithmetic> {
-    units: Vec<S::Unit>,
-    wide: Vec<S::Acc>,
-    rows: usize,
+    units: Lined<S::Unit>,
+    wide: Lined<S::Acc>,
     depth: usize,
     /// Rows of a weight that cannot be read in place.
     converted: Vec<S::Unit>,
@@ -85,23 +84,29 @@ pub struct Few<S: Arithmetic> {
 
 impl<S: Arithmetic> Default for Few<S> {
     fn default() -> Self {
-        Self { units: Vec::new(), wide: Vec::new(), rows: 0, depth: 0, converted: Vec::new(), bytes: Vec::new() }
+        Self { units: Lined::default(), wide: Lined::default(), depth: 0, converted: Vec::new(), bytes: Vec::new() }
     }
 }
 
 impl<S: Arithmetic> Few<S> {
     /// Copies lines `rows` of x, to be multiplied with rows of `weight`.
     pub fn load(&mut self, x: &Lines<'_, S>, rows: Range<usize>, weight: Weight<'_, S>) {
-        (self.rows, self.depth) = (rows.len(), x.depth());
-        if let Weight::Plain(_) = weight {
-            return pack::compact(x, rows.start, rows.len(), line_stride(S::units(self.depth)), &mut self.units);
-        }
-        let stride = line_stride(self.depth);
-        self.wide.resize(self.wide.len().max(rows.len() * stride), S::Acc::ZERO);
-        for (line, wide) in rows.map(|row| x.line(row)).zip(self.wide.chunks_mut(stride)) {
-            match line.row(0) {
-                Some(row) => S::widen_row(row, &mut wide[..row.len()]),
-                None => (0..line.cols()).for_each(|k| wide[k] = line.at(0, k).widen()),
+        self.depth = x.depth();
+        let lines = rows.clone().map(|row| x.line(row));
+        match weight {
+            Weight::Plain(_) => {
+                self.units.fit(rows.len(), S::units(self.depth));
+                lines.enumerate().for_each(|(i, line)| S::copy(line, self.units.row(i)));
+            }
+            Weight::Bytes(_) => {
+                self.wide.fit(rows.len(), self.depth);
+                for (i, line) in lines.enumerate() {
+                    let wide = self.wide.row(i);
+                    match line.row(0) {
+                        Some(row) => S::widen_row(row, wide),
+                        None => wide.iter_mut().enumerate().for_each(|(k, wide)| *wide = line.at(0, k).widen()),
+                    }
+                }
             }
         }
     }
@@ -110,9 +115,7 @@ impl<S: Arithmetic> Few<S> {
     pub fn products(&mut self, weight: Weight<'_, S>, out: &mut [S::Acc], out_row: usize) {
         match weight {
             Weight::Plain(rows) => {
-                let units = S::units(self.depth);
-                let x = Matrix::new(&self.units, self.rows, units, line_stride(units));
-                inner_products::<S>(x, rows, &mut self.converted, out, out_row);
+                inner_products::<S>(self.units.matrix(), rows, &mut self.converted, out, out_row);
             }
             Weight::Bytes(mut rows) => {
                 if rows.col_stride() != 1 && rows.cols() > 1 {
@@ -121,10 +124,41 @@ impl<S: Arithmetic> Few<S> {
                         .extend((0..rows.rows() * rows.cols()).map(|i| rows.at(i / rows.cols(), i % rows.cols())));
                     rows = Matrix::new(&self.bytes, rows.rows(), rows.cols(), rows.cols());
                 }
-                let x = Matrix::new(&self.wide, self.rows, self.depth, line_stride(self.depth));
-                S::Acc::table().rows_i8(x, rows, out, out_row);
+                S::Acc::table().rows_i8(self.wide.matrix(), rows, out, out_row);
             }
         }
+    }
+}
+
+/// Rows that start with a line of the cache: a register that straddles two costs two loads, and rows of x are read
+/// again for every row of a weight.
+#[derive(Default)]
+struct Lined<T> {
+    elements: Vec<T>,
+    first: usize,
+    rows: usize,
+    width: usize,
+}
+
+impl<T: Copy + Default> Lined<T> {
+    const LINE: usize = 64;
+
+    fn fit(&mut self, rows: usize, width: usize) {
+        (self.rows, self.width) = (rows, width);
+        let len = rows * line_stride(width) + Self::LINE / size_of::<T>();
+        if self.elements.len() < len {
+            self.elements.resize(len, T::default());
+        }
+        // A hint: where the alignment cannot be had, rows start where they may.
+        self.first = self.elements.as_ptr().align_offset(Self::LINE).min(Self::LINE / size_of::<T>());
+    }
+
+    fn row(&mut self, i: usize) -> &mut [T] {
+        &mut self.elements[self.first + i * line_stride(self.width)..][..self.width]
+    }
+
+    fn matrix(&self) -> Matrix<'_, T> {
+        Matrix::new(&self.elements[self.first..], self.rows, self.width, line_stride(self.width))
     }
 }
 

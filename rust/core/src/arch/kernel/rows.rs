@@ -38,6 +38,9 @@ unsafe fn block<D: Along, const XN: usize, const WN: usize>(args: &ArgsOf<D>, x0
     // A line of the cache a turn (two registers if they hold more), so that each is asked for once.
     let (line, register) = (64, lanes * size_of::<D::W>());
     let steps = (line / register).max(2);
+    // Sums per product, so that neighbouring steps do not wait for each other: a narrow unit takes more steps, and a
+    // single row of X has too few sums for all of them. (More for more rows would not fit the registers.)
+    let chains = if XN <= 2 { steps.min(4) } else { 2 };
     // SAFETY: rows x0.. and w0.. with XN and WN of them exist (callers), each with `depth` units.
     unsafe {
         let zero = D::V::splat(Real::of(0.0));
@@ -46,8 +49,7 @@ unsafe fn block<D: Along, const XN: usize, const WN: usize>(args: &ArgsOf<D>, x0
         let whole = args.depth / lanes * lanes;
         for j in 0..WN {
             let w = args.w.offset((w0 + j) as isize * args.w_row);
-            // Two sums per product, so that neighbouring steps do not wait for each other.
-            let mut acc = [[zero; 2]; XN];
+            let mut acc = [[zero; 4]; XN];
             let mut k = 0;
             while k + steps * lanes <= whole {
                 for step in 0..steps {
@@ -58,7 +60,7 @@ unsafe fn block<D: Along, const XN: usize, const WN: usize>(args: &ArgsOf<D>, x0
                     let wk = D::load_w(w.add(at));
                     for i in 0..XN {
                         let xk = D::load_x(x.offset(i as isize * args.x_row).add(at));
-                        acc[i][step % 2] = D::fma(xk, wk, acc[i][step % 2]);
+                        acc[i][step % chains] = D::fma(xk, wk, acc[i][step % chains]);
                     }
                 }
                 k += steps * lanes;
@@ -80,6 +82,9 @@ unsafe fn block<D: Along, const XN: usize, const WN: usize>(args: &ArgsOf<D>, x0
             }
             for i in 0..XN {
                 registers[i * WN + j] = acc[i][0].add(acc[i][1]);
+                if chains == 4 {
+                    registers[i * WN + j] = registers[i * WN + j].add(acc[i][2].add(acc[i][3]));
+                }
             }
         }
         // Sixteen horizontal sums at once cost a transposition; one by one they would cost as much as the products.
