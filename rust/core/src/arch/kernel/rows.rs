@@ -38,54 +38,69 @@ unsafe fn block<D: Along, const XN: usize, const WN: usize>(args: &ArgsOf<D>, x0
     // A line of the cache a turn (two registers if they hold more), so that each is asked for once.
     let (line, register) = (64, lanes * size_of::<D::W>());
     let steps = (line / register).max(2);
+    // Rows of W side by side: where memory gives many units for the loads of X that each takes, those are shared.
+    let side = if lanes == 16 && steps > 2 && XN > 1 && WN % 2 == 0 { 2 } else { 1 };
     // Sums per product, so that neighbouring steps do not wait for each other: a narrow unit takes more steps, and a
     // single row of X has too few sums for all of them. (More for more rows would not fit the registers.)
-    let chains = if XN <= 2 { steps.min(4) } else { 2 };
+    let chains = if XN * side <= 2 { steps.min(4) } else { 2 };
     // SAFETY: rows x0.. and w0.. with XN and WN of them exist (callers), each with `depth` units.
     unsafe {
         let zero = D::V::splat(Real::of(0.0));
         let mut registers = [zero; 16];
         let x = args.x.offset(x0 as isize * args.x_row);
         let whole = args.depth / lanes * lanes;
-        for j in 0..WN {
-            let w = args.w.offset((w0 + j) as isize * args.w_row);
-            let mut acc = [[zero; 4]; XN];
+        let mut j = 0;
+        while j < WN {
+            let row = |s: usize| args.w.offset((w0 + j + s) as isize * args.w_row);
+            let mut acc = [[[zero; 4]; XN]; 2];
             let mut k = 0;
             while k + steps * lanes <= whole {
                 for step in 0..steps {
                     let at = k + step * lanes;
-                    if step * register % line == 0 {
-                        D::V::prefetch(w.wrapping_byte_add(AHEAD_BYTES).wrapping_add(at));
+                    let mut wk = [D::load_w(row(0).add(at)); 2];
+                    for s in 0..side {
+                        if step * register % line == 0 {
+                            D::V::prefetch(row(s).wrapping_byte_add(AHEAD_BYTES).wrapping_add(at));
+                        }
+                        wk[s] = D::load_w(row(s).add(at));
                     }
-                    let wk = D::load_w(w.add(at));
                     for i in 0..XN {
                         let xk = D::load_x(x.offset(i as isize * args.x_row).add(at));
-                        acc[i][step % chains] = D::fma(xk, wk, acc[i][step % chains]);
+                        for s in 0..side {
+                            acc[s][i][step % chains] = D::fma(xk, wk[s], acc[s][i][step % chains]);
+                        }
                     }
                 }
                 k += steps * lanes;
             }
-            while k < whole {
-                let wk = D::load_w(w.add(k));
+            for s in 0..side {
+                let w = row(s);
+                let mut k = k;
+                while k < whole {
+                    let wk = D::load_w(w.add(k));
+                    for i in 0..XN {
+                        let xk = D::load_x(x.offset(i as isize * args.x_row).add(k));
+                        acc[s][i][0] = D::fma(xk, wk, acc[s][i][0]);
+                    }
+                    k += lanes;
+                }
+                let rest = args.depth - whole;
+                if rest > 0 {
+                    let wk = D::load_w(ragged(w.add(whole), rest).as_ptr());
+                    for i in 0..XN {
+                        let xk = ragged(x.offset(i as isize * args.x_row).add(whole), rest);
+                        acc[s][i][0] = D::fma(D::load_x(xk.as_ptr()), wk, acc[s][i][0]);
+                    }
+                }
                 for i in 0..XN {
-                    acc[i][0] = D::fma(D::load_x(x.offset(i as isize * args.x_row).add(k)), wk, acc[i][0]);
-                }
-                k += lanes;
-            }
-            let rest = args.depth - whole;
-            if rest > 0 {
-                let wk = D::load_w(ragged(w.add(whole), rest).as_ptr());
-                for i in 0..XN {
-                    let xk = ragged(x.offset(i as isize * args.x_row).add(whole), rest);
-                    acc[i][0] = D::fma(D::load_x(xk.as_ptr()), wk, acc[i][0]);
+                    let mut sum = acc[s][i][0].add(acc[s][i][1]);
+                    if chains == 4 {
+                        sum = sum.add(acc[s][i][2].add(acc[s][i][3]));
+                    }
+                    registers[i * WN + j + s] = sum;
                 }
             }
-            for i in 0..XN {
-                registers[i * WN + j] = acc[i][0].add(acc[i][1]);
-                if chains == 4 {
-                    registers[i * WN + j] = registers[i * WN + j].add(acc[i][2].add(acc[i][3]));
-                }
-            }
+            j += side;
         }
         // Sixteen horizontal sums at once cost a transposition; one by one they would cost as much as the products.
         let sums = if XN * WN > 2 { D::V::sum_each(&mut registers) } else { registers.map(|register| register.sum()) };
