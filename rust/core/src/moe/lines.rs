@@ -7,7 +7,7 @@ use crate::arch::Kernel;
 use crate::dtype::Real;
 use crate::gemm::arithmetic::Arithmetic;
 use crate::gemm::pack::Lines;
-use crate::view::{Matrix, Rows};
+use crate::view::{Array, Matrix, Rows};
 
 /// Up to this many rows an expert is one of few.
 pub const FEW: usize = 12;
@@ -27,11 +27,12 @@ impl<S: Arithmetic> Default for Scratch<S> {
     }
 }
 
-/// Activated features of segment `segment` for all rows of `expert`, into `hidden` (rounded to the source type, as
+/// Activated features of segment `segment` (the last one before expert `next`) for all rows of `expert`, into `hidden` (rounded to the source type, as
 /// the second product reads them).
 pub fn first_product<S: Arithmetic>(
     layer: &Layer<'_>,
     expert: usize,
+    next: Option<usize>,
     segment: usize,
     scratch: &mut Scratch<S>,
     pre: Option<&Rows<'_, S>>,
@@ -47,6 +48,7 @@ pub fn first_product<S: Arithmetic>(
     let weight = Weight::of(&layer.weights.gate_up, expert);
     let scale = Scale::of(layer.weights.gate_up_scale.as_ref(), expert);
     left.load(&x, 0..rows.len(), weight);
+    ask_next::<S>(&layer.weights.gate_up, next);
     let (gates, ups) = layer.feature_rows(first, count);
     let mut half = |numbers: &[usize], sums: &mut Vec<S::Acc>| {
         sums.clear();
@@ -60,6 +62,9 @@ pub fn first_product<S: Arithmetic>(
             }
         }
     };
+    if let Some(&first) = ups.first() {
+        weight.ask_start(first);
+    }
     half(&gates, gate);
     if !ups.is_empty() {
         half(&ups, up);
@@ -83,6 +88,7 @@ pub fn first_product<S: Arithmetic>(
 pub fn second_product<S: Arithmetic>(
     layer: &Layer<'_>,
     expert: usize,
+    next: Option<usize>,
     segment: usize,
     hidden: Matrix<'_, S>,
     scratch: &mut Scratch<S>,
@@ -95,6 +101,7 @@ pub fn second_product<S: Arithmetic>(
     let weight = Weight::of(&layer.weights.down, expert);
     let scale = Scale::of(layer.weights.down_scale.as_ref(), expert);
     left.load(&Lines::all(hidden), rows.clone(), weight);
+    ask_next::<S>(&layer.weights.down, next);
     gate.clear();
     gate.resize(rows.len() * count, S::Acc::ZERO);
     left.products(weight.every(first, count, 1), gate, count);
@@ -102,5 +109,12 @@ pub fn second_product<S: Arithmetic>(
         for ((value, &sum), output) in sums.take(row * sums.per_row() + segment).iter_mut().zip(line).zip(first..) {
             *value = scale.apply(output, sum) + layer.down_bias::<S>(expert, output);
         }
+    }
+}
+
+/// Asks for the start of the expert that follows, in an expert's last segment.
+fn ask_next<S: Arithmetic>(weight: &Array<'_>, next: Option<usize>) {
+    if let Some(expert) = next {
+        Weight::<S>::of(weight, expert).ask_start(0);
     }
 }

@@ -4,7 +4,7 @@
 //! unit, so the products of q are as exact as those of any weight, and memory gives one byte an element instead of two
 //! or four.
 
-use crate::arch::{Ahead, Kernel};
+use crate::arch::{Ahead, Kernel, prefetch};
 use crate::dtype::{Dtype, Real};
 use crate::gemm::arithmetic::Arithmetic;
 use crate::gemm::inner_products;
@@ -60,6 +60,20 @@ impl<'a, S: Arithmetic> Weight<'a, S> {
                     S::copy_i8(matrix.part(row..row + 1, 0..matrix.cols()), &mut units[..S::units(matrix.cols())]);
                 }
             }
+        }
+    }
+
+    /// Asks for the memory of the first rows from `row` on, as far as a walk over rows asks ahead on its own: what it
+    /// jumps to would otherwise start with a wait.
+    pub fn ask_start(&self, row: usize) {
+        const BYTES: usize = 8192;
+        fn start<T: Copy>(matrix: &Matrix<'_, T>, row: usize) {
+            let rows = BYTES / (matrix.cols() * size_of::<T>()).max(1);
+            prefetch(matrix.part(row..matrix.rows().min(row + rows.max(1)), 0..matrix.cols()));
+        }
+        match self {
+            Weight::Plain(matrix) => start(matrix, row),
+            Weight::Bytes(matrix) => start(matrix, row),
         }
     }
 
