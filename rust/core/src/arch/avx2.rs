@@ -26,6 +26,8 @@ macro_rules! avx2 {
             #[inline(always)]
             unsafe fn prefetch<T>(address: *const T) { unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) } }
             #[inline(always)]
+            unsafe fn prefetch_once<T>(address: *const T) { unsafe { _mm_prefetch::<_MM_HINT_NTA>(address.cast()) } }
+            #[inline(always)]
             unsafe fn splat(value: $t) -> Self { unsafe { Self($splat(value)) } }
             #[inline(always)]
             unsafe fn add(self, other: Self) -> Self { unsafe { Self($add(self.0, other.0)) } }

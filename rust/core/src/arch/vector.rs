@@ -55,6 +55,9 @@ pub(crate) unsafe trait Vector: Copy {
     /// Asks for the cache line at an address, which may be anything. A hint: the default does nothing.
     #[inline(always)]
     unsafe fn prefetch<T>(_address: *const T) {}
+    /// As [`prefetch`](Self::prefetch), for what is read once: it need not displace anything from the larger caches.
+    #[inline(always)]
+    unsafe fn prefetch_once<T>(_address: *const T) {}
     /// The sums of sixteen registers, each over its lanes, in a fixed order.
     #[inline(always)]
     unsafe fn sum_each(registers: &mut [Self; 16]) -> [Self::Elem; 16] {

@@ -259,7 +259,7 @@ fn check(x: &Array<'_>, weights: &Weights<'_>) -> Result<(usize, usize)> {
     for (name, array) in others {
         if let Some(array) = array
             && array.dtype() != x.dtype()
-            && !(array.dtype() == Dtype::I8 && !name.ends_with("bias"))
+            && (array.dtype() != Dtype::I8 || name.ends_with("bias"))
         {
             return Err(Error::dtype(name, format!("{}, as x", x.dtype()), array.dtype()).hint("convert one of them"));
         }
