@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ATTENTION", "DTYPES", "GEMM", "MOE", "Attention", "Gemm", "Moe", "by_name"]
+__all__ = ["ATTENTION", "DTYPES", "GEMM", "MOE", "MOE_TRAINING", "Attention", "Gemm", "Moe", "by_name"]
 
 #: Element types that are measured.
 DTYPES = ("float32", "bfloat16")
@@ -46,11 +46,14 @@ class Moe:
     hidden: int
     experts: int
     top_k: int
+    training: bool = False
+    #: Exponent of a Zipf law over the experts; 0 is uniform.
+    zipf: float = 0.0
 
     @property
     def flops(self) -> float:
-        """Multiplications and additions of the three matrices of every token's experts."""
-        return 6.0 * self.tokens * self.top_k * self.width * self.hidden
+        """Multiplications and additions of the three matrices of every token's experts; three times that to train."""
+        return (18.0 if self.training else 6.0) * self.tokens * self.top_k * self.width * self.hidden
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,15 @@ MOE = (
     Moe("moe 4096,768,256,64,8", 4096, 768, 256, 64, 8),
     Moe("moe 1,1024,512,64,8", 1, 1024, 512, 64, 8),
     Moe("moe 16,1024,512,64,8", 16, 1024, 512, 64, 8),
+    Moe("moe 1024,2048,768,128,8", 1024, 2048, 768, 128, 8),
+)
+
+#: Forward and backward.
+MOE_TRAINING = (
+    Moe("moe training 4096,768,256,64,8", 4096, 768, 256, 64, 8, True),
+    Moe("moe training 2048,1024,512,64,8", 2048, 1024, 512, 64, 8, True),
+    Moe("moe training 1024,2048,768,128,8", 1024, 2048, 768, 128, 8, True),
+    Moe("moe training 4096,768,256,64,8 zipf 1.2", 4096, 768, 256, 64, 8, True, 1.2),
 )
 
 GEMM = (
@@ -97,4 +109,4 @@ def by_name(name: str) -> Attention | Moe | Gemm:
     Raises:
         KeyError: there is none.
     """
-    return {case.name: case for case in (*ATTENTION, *MOE, *GEMM)}[name]
+    return {case.name: case for case in (*ATTENTION, *MOE, *MOE_TRAINING, *GEMM)}[name]

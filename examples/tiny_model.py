@@ -4,8 +4,8 @@ The module tree and its parameter names repeat `MiniMaxM3VLForCausalLM` of trans
 dict moves across by name alone (experts are kept as one matrix each, which the Muon optimiser wants,
 and are stacked on export). Three things differ from the inference model, all of them about training:
 
-1. Experts run grouped by expert over unbound matrices, so autograd never builds a gradient of the
-   whole expert tensor for each expert.
+1. Experts run as one operation, `tilewise.torch.moe.experts`, over the stacked matrices; or, to compare
+   with, as torch's products grouped by expert over the matrices themselves.
 2. The indexer learns by the KL rule of MiniMax Sparse Attention: the student is its softmax over the
    visible keys, the teacher the mean over a group's heads of the attention probabilities; both sides
    are detached from the language-model loss, and so is the indexer's input. A few query rows of each
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import tilewise.torch as twt
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Shape:
     index_local_blocks: int = 1
     dense_attention_layers: int = 2
     dense_mlp_layers: int = 1
+    experts: str = "tilewise"  # or "torch"
 
 
 class RMSNorm(nn.Module):
@@ -99,7 +102,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(shape.num_local_experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scores = torch.sigmoid(F.linear(x.float(), self.weight))
+        scores = torch.sigmoid(F.linear(x.to(self.weight.dtype), self.weight))
         chosen = torch.topk(scores + self.e_score_correction_bias, self.shape.num_experts_per_tok, dim=-1).indices
         weights = scores.gather(1, chosen)
         return chosen, weights / weights.sum(dim=-1, keepdim=True)
@@ -114,10 +117,18 @@ class Experts(nn.Module):
         self.down_proj = nn.ParameterList(torch.empty(d, n) for _ in range(count))
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        counts = torch.bincount(chosen.reshape(-1), minlength=self.shape.num_local_experts)
+        if self.shape.experts == "torch":
+            return self._by_torch(x, chosen, weights, counts), counts
+        up, down = torch.stack(list(self.gate_up_proj)), torch.stack(list(self.down_proj))
+        options = {"alpha": self.shape.swiglu_alpha, "limit": self.shape.swiglu_limit}
+        return twt.moe.experts(x, chosen, weights, up, down, activation="swiglu_clamped", **options), counts
+
+    def _by_torch(self, x: Tensor, chosen: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         picks = chosen.shape[1]
         order = torch.argsort(chosen.reshape(-1), stable=True)
-        counts = torch.bincount(chosen.reshape(-1), minlength=self.shape.num_local_experts)
         rows = x.index_select(0, order // picks).split(counts.tolist())
+        # Over the matrices themselves, so that autograd never builds a gradient of all experts for each of them.
         outputs = [
             F.linear(swiglu_oai(F.linear(part, up), self.shape.swiglu_alpha, self.shape.swiglu_limit), down)
             for part, up, down in zip(rows, self.gate_up_proj, self.down_proj, strict=True)
@@ -125,7 +136,7 @@ class Experts(nn.Module):
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel())
         routed = torch.cat(outputs).index_select(0, back).view(x.shape[0], picks, -1)
-        return (routed * weights.to(routed.dtype).unsqueeze(-1)).sum(dim=1), counts
+        return (routed * weights.to(routed.dtype).unsqueeze(-1)).sum(dim=1)
 
 
 class SparseMLP(nn.Module):

@@ -79,9 +79,9 @@ def rate(step: int, steps: int) -> float:
 class Run:
     """The whole state of a training run, written and read as one file."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, experts: str = "tilewise"):
         torch.manual_seed(seed)
-        self.target = TinyTarget(Shape())
+        self.target = TinyTarget(Shape(experts=experts))
         self.draft = LlamaForCausalLM(DRAFT)
         self.optimisers = optimisers(self.target) + optimisers(self.draft)
         self.base_rates = [group["lr"] for o in self.optimisers for group in o.param_groups]
@@ -156,13 +156,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1900, help="training steps of 8192 bytes")
     parser.add_argument("--seed", type=int, default=20261121)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--experts", choices=["tilewise", "torch"], default="tilewise", help="who computes the experts")
     parser.add_argument("--export", type=Path, help="write target/, draft/ and the model card here when done")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)
     options.run.mkdir(parents=True, exist_ok=True)
     data, held, digest = corpus()
-    run, path = Run(options.seed), options.run / "checkpoint.pt"
+    run, path = Run(options.seed, options.experts), options.run / "checkpoint.pt"
     if path.exists():
         run.load(path)
     train(run, path, data, options.seed, options.steps, options.run / "log.jsonl")

@@ -4,7 +4,7 @@
 
 Every answer is checked before it is timed. Times are medians of single launches between CUDA events, with the L2 cache
 flushed before each, so they are what a kernel costs between two others. ``gigabytes_per_second`` counts the bytes that
-the operation must read and write once.
+the operation must read and write once. The expert layer has its own file and protocol: gpu_bench_experts.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_bench_experts import layer_cases
 
 import tilewise
 from tilewise import _core
@@ -98,6 +99,10 @@ def _entry(
     return entry
 
 
+def _source(architecture: str) -> str:
+    return _core.cuda_source("all.cu", "".join(kernel.stub for kernel in registered(architecture)))[0]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
@@ -108,7 +113,7 @@ def main() -> int:
     torch.manual_seed(0)
     results = [route_case(tokens, experts, top_k) for tokens, experts, top_k, _ in SHAPES]
     results += [aggregate_case(tokens, top_k, width) for tokens, _, top_k, width in SHAPES]
-    source, _ = _core.cuda_source("all.cu", "".join(kernel.stub for kernel in registered()))
+    results += layer_cases()
     report = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -118,7 +123,7 @@ def main() -> int:
         "resources": {
             architecture: {
                 name: vars(used)
-                for name, used in resources(compile_text(source, architecture, verbose=True)[1]).items()
+                for name, used in resources(compile_text(_source(architecture), architecture, verbose=True)[1]).items()
             }
             for architecture in ARCHITECTURES
         },

@@ -17,7 +17,7 @@ trap 'rm -rf "$work"' EXIT
 mkdir -p "$out"
 "$python" -m pip --disable-pip-version-check install -q --no-index --no-deps --target "$work/site" "$wheel" || exit 2
 export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH} TILEWISE_CACHE_DIR=$work/cache PYTHONUNBUFFERED=1
-unset TILEWISE_CUDA_SOURCE_DIR TILEWISE_CUDA_COMPILE
+unset TILEWISE_CUDA_SOURCE_DIR TILEWISE_CUDA_COMPILE TILEWISE_CUDA_WARPGROUPS
 
 failed=0
 part() {
@@ -35,14 +35,17 @@ print("tilewise", tilewise.__version__, tilewise.__file__, "| torch", torch.__ve
 reason = tilewise.cuda.why_not()
 print(torch.cuda.get_device_name() if reason is None else reason)
 raise SystemExit(reason is not None)'
-part tests "${pytest[@]}" -m gpu tests/test_cuda_moe.py
+cases=(tests/test_cuda_routers.py tests/test_cuda_moe.py tests/test_cuda_sorting.py tests/test_cuda_experts.py)
+part tests "${pytest[@]}" -m gpu "${cases[@]}" tests/test_cuda_experts_gpu.py
+TILEWISE_CUDA_WARPGROUPS=1 part warpgroups "${pytest[@]}" -m gpu tests/test_cuda_experts.py tests/test_cuda_experts_gpu.py
 part gate "${pytest[@]}" tests/test_cuda_source.py
 if command -v compute-sanitizer >/dev/null; then
   # Without caching allocators every array is an allocation of its own, whose ends memcheck sees.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck synccheck initcheck; do
     part "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-regex kns=tilewise \
-      "${pytest[@]}" -q -m gpu tests/test_cuda_moe.py -k 'torch and not past_two and not captured and not stream'
+      "${pytest[@]}" -q -m gpu "${cases[@]}" \
+      -k 'torch and not past_two and not captured and not stream and not cupy'
   done
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 else

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -12,6 +14,16 @@ import numpy as np
 import pytest
 
 from tilewise.testing import force_isa, levels, poisoned
+
+# The tests are no package, and the CUDA emulator beside them is one: loaded by its place, so that test files and the
+# fixtures below share one module.
+_spec = importlib.util.spec_from_file_location("cuda_emulator", Path(__file__).parent / "cuda_emulator" / "__init__.py")
+assert _spec is not None and _spec.loader is not None
+sys.modules["cuda_emulator"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sys.modules["cuda_emulator"])
+emulated, place, torch_cuda = (
+    getattr(sys.modules["cuda_emulator"], name) for name in ("emulated", "place", "torch_cuda")
+)
 
 # Deadlines off: the machine is shared, and a slow example is no failure.
 _CHECKS = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture]

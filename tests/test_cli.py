@@ -219,3 +219,77 @@ def test_doctor_names_what_is_too_old(monkeypatch):
     real = importlib.import_module
     monkeypatch.setattr(importlib, "import_module", lambda name, *rest: Old if name == "torch" else real(name, *rest))
     assert any("2.9.1+cpu is too old: 2.10" in problem for problem in doctor.collect()["problems"])
+
+
+SMALL = ("--tokens", 48, "--width", 16, "--hidden", 8, "--experts", 4, "--top-k", 2, "--rounds", 2)
+
+
+@pytest.mark.parametrize("train", [(), ("--train",)])
+def test_bench_moe_measures_and_compares(train):
+    pytest.importorskip("torch")
+    result = call("bench", "moe", *SMALL, *train, "--skew", 1.2, "--tile", 16, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == ["tilewise", "loop", "grouped_mm"]
+    flops = (18 if train else 6) * 48 * 2 * 16 * 8
+    for name, row in rows.items():
+        assert row["milliseconds"] > 0
+        assert row["gflops"] == pytest.approx(flops / row["milliseconds"] / 1e6)
+        assert (row["speedup"] is None) == (name == "tilewise")
+    load = found["load"]
+    assert sum(load["before"]) == 96
+    assert all(count % 16 == 0 for count in load["after"]) and load["padded_after"] == 0.0
+    assert found["settings"]["train"] == bool(train)
+
+
+def test_bench_moe_prints_a_table_and_writes_a_picture(tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "moe.svg"
+    result = call("bench", "moe", *SMALL, "--dtype", "bfloat16", "--plot", picture)
+    assert result.exit_code == 0, result.output
+    for part in ("tilewise", "loop", "grouped_mm", "GF/s", "the busiest expert", "tiles of 128 rows pad"):
+        assert part in " ".join(result.stdout.split()), part
+    assert picture.read_text().count("<svg") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--top-k", 5), 1, "top_k: expected 1..=4"),
+        (("--dtype", "int8"), 1, "dtype: expected one of"),
+        (("--rule", "sideways"), 1, "sideways"),
+        (("--plot", "picture.docx"), 1, "--plot: expected a name that ends in one of"),
+        (("--plot", "no/such/place/picture.png"), 1, "does not exist"),
+        (("--tokens", 0), 1, "tokens: expected at least 1"),
+        (("--rounds", 0), 2, "rounds"),
+    ],
+)
+def test_bench_errors_are_messages_and_exit_codes(arguments, code, message):
+    pytest.importorskip("torch")
+    pytest.importorskip("matplotlib")
+    result = call("bench", "moe", *SMALL, *arguments)
+    assert result.exit_code == code, result.output
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.output
+
+
+def test_bench_refuses_to_time_a_wrong_answer(monkeypatch):
+    pytest.importorskip("torch")
+    from tilewise.bench import moe
+
+    real = moe.loop
+    monkeypatch.setattr(moe, "loop", lambda *arguments: real(*arguments) * 1.01)
+    result = call("bench", "moe", *SMALL)
+    assert result.exit_code == 1
+    assert "tilewise and loop differ" in result.stderr
+
+
+def test_bench_help_loads_nothing_heavy():
+    code = (
+        "import sys; from tilewise.cli.app import app; from typer.testing import CliRunner;"
+        "assert CliRunner().invoke(app, ['bench', 'moe', '--help']).exit_code == 0;"
+        "heavy = {'torch', 'transformers', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,269 +1,17 @@
-"""Router and aggregation on the GPU, and the same kernels emulated on a CPU, against float64."""
+"""Aggregation on the GPU, and the same kernel emulated on a CPU, against float64; streams and graphs."""
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-import shutil
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-import tilewise.cuda
-from tilewise.cuda import launch, moe
-from tilewise.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
-from tilewise.reference import moe as reference
-
-# The tests are no package: a neighbour is loaded by its place.
-_spec = importlib.util.spec_from_file_location("cuda_emulator", Path(__file__).parent / "cuda_emulator" / "__init__.py")
-assert _spec is not None and _spec.loader is not None
-cuda_emulator = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cuda_emulator)
-
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-EPSILON = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # of one rounding to nearest
-
-
-@dataclass
-class Place:
-    """Where kernels run: how arrays get there and back."""
-
-    name: str
-    put: Callable[[np.ndarray], Any]
-    get: Callable[[Any], np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, Path]:
-    """All kernels compiled for the CPU, and a directory for cubins."""
-    if cuda_emulator.compiler() is None:
-        pytest.skip("the emulator needs a C++ compiler")
-    work = tmp_path_factory.mktemp("emulator")
-    shutil.copytree(Path(__file__).parent.parent / "cuda", work / "cuda")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TILEWISE_CUDA_SOURCE_DIR", str(work / "cuda"))
-        return cuda_emulator.build(work / "cuda", work, moe.KERNELS), work / "cache"
-
-
-@pytest.fixture
-def emulated(emulator: tuple[ctypes.CDLL, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    library, cache = emulator
-    monkeypatch.setenv("TILEWISE_CACHE_DIR", str(cache))
-    monkeypatch.setitem(sys.modules, "cupy", cuda_emulator.fake_cupy(library))
-    _forget()
-    yield Place("emulated", lambda array: array.view(cuda_emulator.Array), np.asarray)
-    _forget()
-
-
-def _forget() -> None:
-    launch._function.cache_clear()
-    launch._architecture.cache_clear()
-
-
-def _cupy_place() -> Place:
-    import cupy
-
-    return Place("cupy", cupy.asarray, cupy.asnumpy)
-
-
-def _torch_place() -> Place:
-    import torch
-
-    def put(array: np.ndarray) -> Any:
-        if array.dtype == ml_dtypes.bfloat16:
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).cuda()
-        return torch.from_numpy(array).cuda()
-
-    def get(tensor: Any) -> np.ndarray:
-        if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16)
-        return tensor.cpu().numpy()
-
-    return Place("torch", put, get)
-
-
-@pytest.fixture(
-    params=["emulated", pytest.param("cupy", marks=pytest.mark.gpu), pytest.param("torch", marks=pytest.mark.gpu)]
-)
-def place(request: pytest.FixtureRequest) -> Place:
-    if request.param == "emulated":
-        return request.getfixturevalue("emulated")
-    if (reason := tilewise.cuda.why_not()) is not None:
-        pytest.skip(reason)
-    return _cupy_place() if request.param == "cupy" else _torch_place()
-
-
-# --- route ------------------------------------------------------------------------------------------------------
-
-
-def check_route(place: Place, logits: np.ndarray, top_k: int, bias: np.ndarray | None = None, **options: Any) -> None:
-    got = moe.route(place.put(logits), top_k, bias=None if bias is None else place.put(bias), **options)
-    ids, weights = (place.get(array) for array in got)
-    assert ids.dtype == np.int32 and weights.dtype == np.float32
-    wide = np.asarray(logits, np.float64)
-    expected_ids, expected = reference.route(wide, top_k, bias=bias, **options)
-    if bias is None:
-        np.testing.assert_array_equal(ids, expected_ids)
-    else:
-        expected = check_biased(wide, ids, bias, options)
-    # A softmax in plain float32 loses a rounding of |logit - top| in its argument, and a few in exp, sum and division.
-    budget = (8 + 2 * np.ptp(wide)) * 2.0**-24
-    np.testing.assert_array_less(np.abs(weights - expected), budget * np.abs(expected) + 1e-30)
-
-
-def check_biased(wide: np.ndarray, ids: np.ndarray, bias: np.ndarray, options: dict[str, Any]) -> np.ndarray:
-    """Choices are compared in float32, so two within its rounding may swap. Returns the weights of those taken."""
-    scores = 1 / (1 + np.exp(-wide))
-    choice, index = scores + bias, ids.astype(np.int64)
-    slack = 8 * 2.0**-24 * np.abs(choice).max()
-    taken = np.take_along_axis(choice, index, axis=1)
-    rest = choice.copy()
-    np.put_along_axis(rest, index, -np.inf, axis=1)
-    assert (np.diff(taken, axis=1) <= slack).all()
-    assert (rest.max(axis=1) <= taken[:, -1] + slack).all()
-    assert all(len(set(row)) == len(row) for row in ids.tolist())
-    weights = np.take_along_axis(scores, index, axis=1)
-    if options.get("renormalise"):
-        weights /= weights.sum(axis=1, keepdims=True)
-    return weights * options.get("scale", 1.0)
-
-
-@pytest.mark.parametrize("scoring", reference.SCORINGS)
-@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (5, 5), (33, 7), (64, 8), (257, 8), (600, 33), (1500, 64)])
-def test_route(place: Place, scoring: str, experts: int, top_k: int) -> None:
-    generator = np.random.default_rng(experts)
-    logits = generator.normal(scale=3.0, size=(5, experts)).astype(np.float32)
-    check_route(place, logits, top_k, scoring=scoring)
-    check_route(place, logits, top_k, scoring=scoring, renormalise=True, scale=2.5)
-    if scoring == "sigmoid":
-        bias = generator.normal(scale=0.3, size=experts).astype(np.float32)
-        check_route(place, logits, top_k, bias, scoring=scoring)
-        check_route(place, logits, top_k, bias, scoring=scoring, renormalise=True, scale=2.5)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_route_of_narrow_types_with_their_many_ties(place: Place, dtype: str) -> None:
-    logits = np.random.default_rng(0).normal(size=(9, 320)).astype(DTYPES[dtype])
-    assert len(np.unique(logits[0])) < 320  # ties are there, and the reference breaks them to the lower expert
-    check_route(place, logits, 16)
-    check_route(place, logits, 16, scoring="softmax")
-
-
-def test_route_largest(place: Place) -> None:
-    logits = np.random.default_rng(0).normal(size=(3, 4096)).astype(np.float32)
-    check_route(place, logits, 64, scoring="softmax")
-
-
-def test_route_keeps_every_bit_of_a_logit(place: Place) -> None:
-    row = np.nextafter(np.float32(1.5), np.float32(2), dtype=np.float32) * np.ones(512, np.float32)
-    row[300] = np.nextafter(row[300], np.float32(2))
-    row[400] = np.float32(1.5)
-    ids, _ = moe.route(place.put(row[None]), 3)
-    assert place.get(ids).tolist() == [[300, 0, 1]]
-
-
-def test_route_ties_zeros_infinities_and_nan(place: Place) -> None:
-    nan, infinity = np.nan, np.inf
-    negative_nan = np.copysign(np.float32(nan), np.float32(-1))
-    logits = np.array(
-        [
-            [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
-            [-0.0, 0.0, -0.0, 0.0, -1.0, -0.0],
-            [nan, -infinity, negative_nan, -1e38, nan, -infinity],
-            [nan, nan, nan, negative_nan, nan, nan],
-            [1.0, -infinity, 2.0, -infinity, -infinity, -infinity],
-            [1e-45, 0.0, 3e-45, -1e-45, 1e-45, 0.0],
-            [-infinity] * 6,
-            [3.0, infinity, infinity, 0.0, 1.0, 2.0],
-        ],
-        np.float32,
-    )
-    ids, weights = (place.get(array) for array in moe.route(place.put(logits), 4))
-    assert ids.tolist() == [
-        [0, 1, 2, 3],
-        [0, 1, 2, 3],
-        [3, 1, 5, 0],
-        [0, 1, 2, 3],
-        [2, 0, 1, 3],
-        [2, 0, 4, 1],
-        [0, 1, 2, 3],
-        [1, 2, 0, 5],
-    ]
-    np.testing.assert_array_equal(weights[[0, 1, 5, 6]], 0.25)
-    assert np.isnan(weights[2:4]).all()
-    np.testing.assert_allclose(weights[4], [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1)), 0, 0], rtol=1e-6)
-    np.testing.assert_array_equal(weights[7], [0.5, 0.5, 0, 0])
-    # A NaN that no formula reads harms nothing: one sigmoid knows only its own logit, a softmax knows the row.
-    _, weights = moe.route(place.put(logits), 1, scoring="sigmoid")
-    assert np.isnan(place.get(weights)).ravel().tolist() == [row == 3 for row in range(8)]
-    _, weights = moe.route(place.put(logits), 1, scoring="softmax")
-    assert np.isnan(place.get(weights)).ravel().tolist() == [row in (2, 3) for row in range(8)]
-    _, weights = moe.route(place.put(logits[6:7]), 3, scoring="sigmoid", renormalise=True)
-    np.testing.assert_array_equal(place.get(weights), 0.0)  # as on the CPU: nothing to renormalise
-
-
-def test_route_survives_underflow_and_saturation(place: Place) -> None:
-    logits = np.array([[-200.0, -201.0, -300.0], [1e4, 1e4 - 1, -1e4]], np.float32)
-    for scoring in ("sigmoid", "softmax"):
-        check_route(place, logits, 2, scoring=scoring, renormalise=True)
-    ids, _ = moe.route(place.put(np.array([[50.0, 60.0, 120.0]], np.float32)), 3, scoring="sigmoid")
-    assert place.get(ids).tolist() == [[2, 1, 0]]  # all three round to 1 and still do not tie
-
-
-def test_route_takes_any_rows(place: Place) -> None:
-    wide = np.random.default_rng(3).normal(size=(7, 200)).astype(np.float32)
-    expected = [place.get(array) for array in moe.route(place.put(wide[:, 20:80].copy()), 5)]
-    whole = place.put(wide)
-    for view in (whole[:, 20:80], whole.T[20:80].T):
-        for got, want in zip(moe.route(view, 5), expected, strict=True):
-            np.testing.assert_array_equal(place.get(got), want)
-    transposed = place.put(np.ascontiguousarray(wide[:, 20:80].T)).T  # columns are far apart: copied once
-    for got, want in zip(moe.route(transposed, 5), expected, strict=True):
-        np.testing.assert_array_equal(place.get(got), want)
-
-
-def test_route_of_nothing(place: Place) -> None:
-    ids, weights = moe.route(place.put(np.zeros((0, 8), np.float32)), 2)
-    assert tuple(ids.shape) == tuple(weights.shape) == (0, 2)
-
-
-def test_route_refuses(place: Place) -> None:
-    logits = place.put(np.zeros((4, 8), np.float32))
-    with pytest.raises(ArgumentError, match=r"scoring: expected one of softmax_topk, softmax.*got 'max'"):
-        moe.route(logits, 2, scoring="max")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ArgumentError, match=r"top_k: expected 1..=8 \(the number of experts\), got 9"):
-        moe.route(logits, 9)
-    with pytest.raises(ArgumentError, match=r"got 0"):
-        moe.route(logits, 0)
-    with pytest.raises(ShapeError, match=r"logits: expected rank 2 \[tokens, experts\], got shape \(8,\)"):
-        moe.route(logits[0], 2)
-    with pytest.raises(ShapeError, match=r"bias: expected \[experts\] = \[8\], got shape \(7,\)"):
-        moe.route(logits, 2, scoring="sigmoid", bias=place.put(np.zeros(7, np.float32)))
-    with pytest.raises(ArgumentError, match="bias: expected a selection bias with scoring 'sigmoid' only"):
-        moe.route(logits, 2, bias=place.put(np.zeros(8, np.float32)))
-    with pytest.raises(DtypeError, match="float32, float16, bfloat16, got int32"):
-        moe.route(place.put(np.zeros((4, 8), np.int32)), 2)
-    with pytest.raises(UnsupportedError, match="at most 4096 experts and top_k 64, got 4097"):
-        moe.route(place.put(np.zeros((1, 4097), np.float32)), 2)
-    with pytest.raises(UnsupportedError, match="got 100 and 65"):
-        moe.route(place.put(np.zeros((1, 100), np.float32)), 65)
-
-
-def test_arrays_on_the_cpu_are_refused_by_name() -> None:
-    torch = pytest.importorskip("torch")
-    with pytest.raises(DeviceError, match=r"logits: expected a CuPy array or a torch CUDA tensor, got numpy.ndarray"):
-        moe.route(np.zeros((4, 8), np.float32), 2)
-    with pytest.raises(DeviceError, match="y: expected a tensor on a CUDA device, got one on cpu"):
-        moe.aggregate(torch.zeros(4, 8), torch.zeros(4, 2, dtype=torch.int32))
-
-
-# --- aggregate --------------------------------------------------------------------------------------------------
+from cuda_emulator import DTYPES, EPSILON, Place
+from tilewise.cuda import moe
+from tilewise.cuda.moe import aggregation
+from tilewise.errors import DtypeError, ShapeError, UnsupportedError
 
 
 def check_aggregate(place: Place, y: np.ndarray, rows: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
@@ -375,7 +123,9 @@ def test_aggregate_of_rows_longer_than_the_grid(place: Place, monkeypatch: pytes
     y = np.random.default_rng(4).normal(size=(6, 2307)).astype(np.float32)
     rows = np.array([[0, 5], [3, -1]], np.int32)
     whole = check_aggregate(place, y, rows, None)
-    monkeypatch.setattr(moe, "_geometry", lambda *sizes: ((2, 3, 1), (128, 1, 1)))  # 384 threads for 2307 columns
+    monkeypatch.setattr(
+        aggregation, "_geometry", lambda *sizes: ((2, 3, 1), (128, 1, 1))
+    )  # 384 threads for 2307 columns
     np.testing.assert_array_equal(check_aggregate(place, y, rows, None), whole)
 
 
@@ -389,19 +139,12 @@ def test_geometry_covers_every_packet() -> None:
         (0, 8, 8),
         (3, 0, 1),
     ]:
-        grid, block = moe._geometry(tokens, columns, width)
+        grid, block = aggregation._geometry(tokens, columns, width)
         assert grid[0] * block[1] >= tokens and (grid[1] * block[0] * width >= columns or grid[1] == 65535)
         assert block[0] * block[1] * block[2] == 128 and (0 in grid) == (tokens * columns == 0)
 
 
 # --- on a GPU only ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def torch_cuda() -> Any:
-    if (reason := tilewise.cuda.why_not()) is not None:
-        pytest.skip(reason)
-    return pytest.importorskip("torch")
 
 
 @pytest.mark.gpu

@@ -62,11 +62,12 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles_for(architecture: str) -> None:
-    kernels = registered()
+    kernels = registered(architecture)
     text, _ = _core.cuda_source("all.cu", "".join(kernel.stub for kernel in kernels))
     code, log = compile_text(text, architecture, "all.cu", verbose=True)
     assert code.startswith(b"\x7fELF")
     assert "warning" not in log, log
+    assert "Potential Performance Loss" not in log, log  # products of warpgroups that wait for each other
     report = resources(log)
     assert set(report) == {kernel.name for kernel in kernels}  # a kernel that the log lacks was not looked at
     slow = {name: used for name, used in report.items() if used.uses_local_memory}
@@ -147,9 +148,11 @@ def test_messages_of_the_compiler_name_the_real_file(tree: Path) -> None:
 
 def test_a_missing_include_names_the_chain(tree: Path) -> None:
     (tree / "common" / "warp.cuh").unlink()
-    with pytest.raises(ArgumentError, match=r"moe.cuh -> common/warp.cuh, and there is no file common/warp.cuh"):
+    with pytest.raises(
+        ArgumentError, match=r"moe.cuh -> .* -> ../common/warp.cuh, and there is no file common/warp.cuh"
+    ):
         _core.cuda_source("moe.cuh", "")
-    with pytest.raises(ArgumentError, match=r"there is no file attention.cuh; the files are all.cu, common/index.cuh"):
+    with pytest.raises(ArgumentError, match=r"there is no file attention.cuh; the files are all.cu, common/block.cuh"):
         _core.cuda_source("attention.cuh", "")
 
 
@@ -157,7 +160,7 @@ def test_a_cycle_names_the_chain(tree: Path) -> None:
     header = tree / "common" / "types.cuh"
     header.write_text('#include "warp.cuh"\n' + header.read_text())
     chain = "common/index.cuh -> common/types.cuh -> common/warp.cuh -> common/types.cuh"
-    with pytest.raises(ArgumentError, match=f"includes itself: moe.cuh -> {chain}"):
+    with pytest.raises(ArgumentError, match=f"includes itself: moe.cuh -> moe/aggregate.cuh -> {chain}"):
         _core.cuda_source("moe.cuh", "")
 
 

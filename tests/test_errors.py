@@ -21,9 +21,11 @@ import numpy as np
 import pytest
 
 import tilewise
-from tilewise import _core, errors
+import tilewise.hf
+from tilewise import _core, errors, plot
 from tilewise import speculation as spec
 from tilewise.attention import attention
+from tilewise.bench.moe import Problem, Shape
 from tilewise.cuda import moe as cuda_moe
 from tilewise.cuda.compile import compile_text
 from tilewise.errors import (
@@ -173,6 +175,20 @@ def twice_differentiated() -> None:
     grad.sum().backward()
 
 
+def twice_differentiated_experts() -> None:
+    x = torch.randn(2, 8, requires_grad=True)
+    out = twt.moe.experts(x, *(torch.from_numpy(a) for a in (IDS[:2], WEIGHTS[:2], GATE_UP, DOWN)))
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    grad.sum().backward()
+
+
+def rounded_llama() -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    tilewise.hf.round_tokens(transformers.LlamaForCausalLM(config))
+
+
 def nan_logits() -> np.ndarray:
     logits = LOGITS.copy()
     logits[1, 2] = np.nan
@@ -228,6 +244,15 @@ NO_TORCH = """
 import sys
 sys.modules["torch"] = None
 import tilewise.torch
+"""
+NO_MATPLOTLIB = """
+    class Blocker:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] == "matplotlib":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    sys.meta_path.insert(0, Blocker())
+    from tilewise import plot
+    plot.expert_load([1, 2])
 """
 NO_TRANSFORMERS = """
 import sys
@@ -745,7 +770,7 @@ OTHERS = [
             **{name: torch.from_numpy(array) for name, array in INT8.items()},
         ),
         UnsupportedError,
-        ("x requires a gradient", "dequantise for training", "no_grad"),
+        ("requires a gradient", "int8", "dequantise for training", "no_grad"),
     ),
     Row("a gradient", lambda: twt.attention(*[gradient()] * 3), UnsupportedError, ("no_grad",)),
     Row("a list", lambda: matmul([[1.0]], B), TypeError, ("a:", "array", "list")),
@@ -776,7 +801,55 @@ OTHERS = [
 if sys.platform == "linux":
     OTHERS.append(Row("no threads left", in_process(NO_THREADS_LEFT), InternalError, ("300 threads", "report")))
 
-ROWS = SHAPES + DTYPES + VALUES + OTHERS
+# Modules and tools on top of the rooms.
+FRONTS = [
+    Row("MoE: top_k", lambda: twt.moe.MoE(4, 5, 8, 8), ArgumentError, ("top_k:", "1..=4", "got 5")),
+    Row("MoE: no experts", lambda: twt.moe.MoE(0, 1, 8, 8), ArgumentError, ("num_experts:", "at least 1", "got 0")),
+    Row(
+        "MoE: activation",
+        lambda: twt.moe.MoE(4, 1, 8, 8, activation="swish"),  # type: ignore[arg-type]
+        ArgumentError,
+        ("activation:", "swiglu", "'swish'"),
+    ),
+    Row(
+        "MoE: width",
+        lambda: twt.moe.MoE(4, 1, 8, 8)(torch.ones(2, 7)),
+        ShapeError,
+        ("x:", "[..., 8]", "[2, 7]"),
+    ),
+    Row(
+        "MoE: a dispatcher of other experts",
+        lambda: twt.moe.MoE(4, 1, 8, 8, dispatcher=twt.moe.Local(3)),
+        ArgumentError,
+        ("dispatcher:", "4 experts", "got 3"),
+    ),
+    Row(
+        "MoE: balance without a bias",
+        lambda: twt.moe.MoE(4, 1, 8, 8).balance(0.1),
+        ArgumentError,
+        ("selection_bias=True",),
+    ),
+    Row("AllToAll: no group", lambda: twt.moe.AllToAll(4), UnsupportedError, ("init_process_group", "Local")),
+    Row(
+        "experts: second derivative",
+        twice_differentiated_experts,
+        UnsupportedError,
+        ("experts", "double backward"),
+    ),
+    Row("hf.round_tokens: no experts", rounded_llama, UnsupportedError, ("LlamaForCausalLM", "no expert modules")),
+    Row("plot: counts", lambda: plot.padded_share([[1]], 4), ShapeError, ("load:", "[experts]", "[1, 1]")),
+    Row("plot: tile", lambda: plot.padded_share([1], 0), ArgumentError, ("tile:", "at least 1", "got 0")),
+    Row("plot: no matplotlib", in_process(NO_MATPLOTLIB), MissingExtraError, ("pip install 'tilewise[viz]'",)),
+    Row(
+        "bench: sizes",
+        lambda: Shape(tokens=1, width=1, hidden=1, experts=2, top_k=3),
+        ArgumentError,
+        ("top_k:", "1..=2", "got 3"),
+    ),
+    Row("bench: dtype", lambda: Problem.make(Shape(1, 1, 1, 1, 1), "int8"), ArgumentError, ("float32", "'int8'")),
+]
+
+ROWS = SHAPES + DTYPES + VALUES + OTHERS + FRONTS
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

@@ -45,7 +45,9 @@ def test_import_loads_nothing_heavy() -> None:
     assert not found, f"import tilewise loaded {found}"
 
 
-@pytest.mark.parametrize("room", ["gemm", "attention", "moe", "speculation", "testing", "errors", "reference"])
+@pytest.mark.parametrize(
+    "room", ["gemm", "attention", "moe", "speculation", "testing", "errors", "reference", "plot", "bench"]
+)
 def test_every_room_needs_numpy_alone(room: str) -> None:
     run(NUMPY_ALONE + f"import tilewise.{room}")
 

@@ -315,7 +315,7 @@ def test_torch_operators(dtype: torch.dtype) -> None:
     with torch.no_grad():
         assert torch.equal(run(x.clone().requires_grad_()), run(x))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(run(x), run(x.bfloat16()))
+        assert torch.equal(run(x), run(x if dtype == torch.float64 else x.bfloat16()))
 
 
 def test_a_parameter_is_quantised_without_a_graph() -> None:

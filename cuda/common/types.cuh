@@ -9,6 +9,7 @@ namespace tilewise {
 using i32 = int;
 using u32 = unsigned int;
 using i64 = long long;
+using u64 = unsigned long long;
 using u16 = unsigned short;
 using f32 = float;
 

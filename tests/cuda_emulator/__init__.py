@@ -2,23 +2,35 @@
 
 The kernels' own text is compiled as C++ (``emulator.h``) and called through a stand-in for CuPy, so one test covers the
 argument checks, the launch geometry, the arguments' types and order, and what every lane does. What it cannot show:
-instructions of the GPU (the three headers that it replaces), memory ordering, and speed.
+instructions of the GPU (the headers that it replaces), memory ordering, and speed.
+
+Fixtures for the test files that run a case wherever it can run: ``place`` is the emulator, CuPy and torch in turn.
+``conftest.py`` loads this package and offers them.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import shutil
 import subprocess
+import sys
+import tempfile
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import pytest
 
+import tilewise.cuda
 from tilewise import _core
-from tilewise.cuda.kernel import Kernel
+from tilewise.cuda import launch
+from tilewise.cuda.kernel import Kernel, registered
 
 HERE = Path(__file__).parent
 
@@ -30,7 +42,8 @@ def compiler() -> str | None:
 
 def build(source_directory: Path, work: Path, kernels: Iterable[Kernel]) -> ctypes.CDLL:
     """Compile kernels for the CPU. ``source_directory`` must be what TILEWISE_CUDA_SOURCE_DIR says."""
-    shutil.copytree(HERE / "common", source_directory / "common", dirs_exist_ok=True)
+    for part in ("common", "ptx"):
+        shutil.copytree(HERE / part, source_directory / part, dirs_exist_ok=True)
     kernels = list(kernels)
     stubs = "".join(f"{kernel.stub}EMULATED({kernel.name})\n" for kernel in kernels)
     (entry,) = {kernel.entry for kernel in kernels}
@@ -78,13 +91,15 @@ def fake_cupy(library: ctypes.CDLL) -> types.ModuleType:
             assert Path(path).read_bytes().startswith(b"\x7fELF")
 
         def get_function(self, name: str) -> Any:
-            def call(grid: tuple[int, ...], block: tuple[int, ...], values: tuple[Any, ...]) -> None:
+            def call(grid: Any, block: Any, values: tuple[Any, ...], *, shared_mem: int) -> None:
+                assert shared_mem <= getattr(call, "max_dynamic_shared_size_bytes", 48 * 1024)
                 sizes = (ctypes.c_int * 64)()
                 getattr(library, f"sizes_{name}")(sizes)
                 held = [np.array(value) for value in values]
                 assert [value.itemsize for value in held] == list(sizes)[: len(held)] and sizes[len(held)] == 0
                 pointers = (ctypes.c_void_p * len(held))(*(value.ctypes.data for value in held))
                 extents = [(ctypes.c_uint * 3)(*extent) for extent in (grid, block)]
+                library.emulator_shared(ctypes.c_long(shared_mem))
                 getattr(library, f"emulate_{name}")(pointers, *extents)
                 library.emulator_fault.restype = ctypes.c_char_p
                 assert library.emulator_fault() == b""
@@ -94,5 +109,88 @@ def fake_cupy(library: ctypes.CDLL) -> types.ModuleType:
     cupy = types.ModuleType("cupy")
     cupy.ndarray, cupy.empty, cupy.RawModule = Array, empty, RawModule  # pyright: ignore[reportAttributeAccessIssue]
     cupy.ascontiguousarray = lambda array: np.ascontiguousarray(array).view(Array)  # pyright: ignore
+    cupy.from_dlpack = lambda array: array.inner  # pyright: ignore
     cupy.cuda = types.SimpleNamespace(Device=_Device)  # pyright: ignore[reportAttributeAccessIssue]
     return cupy
+
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+EPSILON = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # of one rounding to nearest
+
+
+@dataclass
+class Place:
+    """Where kernels run: how arrays get there and back."""
+
+    name: str
+    put: Callable[[np.ndarray], Any]
+    get: Callable[[Any], np.ndarray]
+
+
+@functools.cache
+def _library() -> tuple[ctypes.CDLL, Path]:
+    """All kernels compiled for the CPU, once a process, and a file that stands for every cubin."""
+    work = Path(tempfile.mkdtemp(prefix="tilewise-emulator-"))
+    shutil.copytree(HERE.parent.parent / "cuda", work / "cuda")
+    (work / "any.cubin").write_bytes(b"\x7fELF")
+    atexit.register(shutil.rmtree, work, ignore_errors=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TILEWISE_CUDA_SOURCE_DIR", str(work / "cuda"))
+        return build(work / "cuda", work, registered()), work / "any.cubin"
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    if compiler() is None:
+        pytest.skip("the emulator needs a C++ compiler")
+    library, cubin = _library()
+    monkeypatch.setattr(launch, "cubin", lambda kernel, architecture: cubin)  # the gate compiles them all, once
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy(library))
+    _forget()
+    yield Place("emulated", lambda array: array.view(Array), np.asarray)
+    _forget()
+
+
+def _forget() -> None:
+    launch._function.cache_clear()
+    launch._architecture.cache_clear()
+
+
+def _cupy_place() -> Place:
+    import cupy
+
+    return Place("cupy", cupy.asarray, cupy.asnumpy)
+
+
+def torch_place() -> Place:
+    import torch
+
+    def put(array: np.ndarray) -> Any:
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).cuda()
+        return torch.from_numpy(array).cuda()
+
+    def get(tensor: Any) -> np.ndarray:
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16)
+        return tensor.cpu().numpy()
+
+    return Place("torch", put, get)
+
+
+@pytest.fixture(
+    params=["emulated", pytest.param("cupy", marks=pytest.mark.gpu), pytest.param("torch", marks=pytest.mark.gpu)]
+)
+def place(request: pytest.FixtureRequest) -> Place:
+    if request.param == "emulated":
+        return request.getfixturevalue("emulated")
+    if (reason := tilewise.cuda.why_not()) is not None:
+        pytest.skip(reason)
+    return _cupy_place() if request.param == "cupy" else torch_place()
+
+
+@pytest.fixture
+def torch_cuda() -> Any:
+    if (reason := tilewise.cuda.why_not()) is not None:
+        pytest.skip(reason)
+    return pytest.importorskip("torch")

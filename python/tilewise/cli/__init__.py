@@ -1,4 +1,4 @@
-"""The command line: ``tilewise generate`` and ``tilewise doctor``.
+"""The command line: ``tilewise generate``, ``tilewise bench`` and ``tilewise doctor``.
 
 Commands live in modules of their names; torch and transformers load inside the commands that need them, so
 ``tilewise --help`` answers at once.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -123,3 +124,52 @@ def doctor(
     from tilewise.cli.doctor import run
 
     return run(as_json=as_json, strict=strict)
+
+
+bench = typer.Typer(help="Measure on this machine, beside torch.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("moe")
+@_reported
+def bench_moe(
+    tokens: Annotated[int, typer.Option(help="Tokens of the batch.")] = 2048,
+    width: Annotated[int, typer.Option(help="Width of the model.")] = 1024,
+    hidden: Annotated[int, typer.Option(help="Hidden size of an expert.")] = 512,
+    experts: Annotated[int, typer.Option(help="Experts.")] = 64,
+    top_k: Annotated[int, typer.Option(help="Experts of a token.")] = 8,
+    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
+    skew: Annotated[
+        float, typer.Option(min=0.0, help="Exponent of Zipf's law over the experts; 0 is uniform, 1.2 is steep.")
+    ] = 0.0,
+    train: Annotated[bool, typer.Option("--train", help="Forward and backward, all gradients.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Timings of each; the median counts.")] = 7,
+    tile: Annotated[int, typer.Option(min=1, help="Rows of a tile, for token rounding.")] = 128,
+    rule: Annotated[str, typer.Option(help="Rule of token rounding.")] = "nearest",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads for torch and tilewise.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a picture: times, load before and after rounding, padding.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> int:
+    """The expert layer: tilewise, a loop over experts, and torch's grouped_mm, interleaved and compared."""
+    from tilewise.cli.bench import Options, run
+
+    return run(
+        Options(
+            tokens=tokens,
+            width=width,
+            hidden=hidden,
+            experts=experts,
+            top_k=top_k,
+            dtype=dtype,
+            skew=skew,
+            train=train,
+            rounds=rounds,
+            tile=tile,
+            rule=rule,
+            threads=threads,
+            plot=plot,
+            as_json=as_json,
+        )
+    )

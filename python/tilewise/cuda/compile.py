@@ -229,7 +229,7 @@ def warm(architecture: str, kernels: Iterable[Kernel] | None = None) -> list[Pat
     Returns:
         The cubins' paths.
     """
-    return [cubin(kernel, architecture) for kernel in (registered() if kernels is None else kernels)]
+    return [cubin(kernel, architecture) for kernel in (registered(architecture) if kernels is None else kernels)]
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,11 @@ from tilewise.cuda.compile import architecture_for, check_compiler, cubin
 from tilewise.cuda.kernel import Kernel
 from tilewise.errors import ArgumentError, DeviceError, DtypeError, MissingExtraError, UnsupportedError
 
-__all__ = ["DeviceArray", "describe", "empty", "launch", "why_not"]
+__all__ = ["DeviceArray", "architecture", "describe", "empty", "launch", "why_not"]
 
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
+_SHARED_BY_DEFAULT = 48 * 1024  # bytes a block may have without asking
+_DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def describe(name: str, array: Any, dtypes: Sequence[str] | None = None) -> Devi
 
     Args:
         name: the argument's name, for messages.
-        array: a CuPy array or a torch CUDA tensor.
+        array: a CuPy array, a torch CUDA tensor, or anything else with ``__dlpack__`` on a CUDA device, which CuPy
+            then describes (results are CuPy arrays).
         dtypes: names of accepted element types; ``None`` for any.
 
     Raises:
@@ -114,7 +117,8 @@ def describe(name: str, array: Any, dtypes: Sequence[str] | None = None) -> Devi
             dtype_name(array),
             array.device.index,
         )
-    elif isinstance(array, getattr(sys.modules.get("cupy"), "ndarray", ())):
+    elif _cupy_array(array) is not None:
+        array = _cupy_array(array)
         strides = tuple(stride // array.itemsize for stride in array.strides)
         described = DeviceArray(array, array.data.ptr, tuple(array.shape), strides, dtype_name(array), array.device.id)
     else:
@@ -123,6 +127,15 @@ def describe(name: str, array: Any, dtypes: Sequence[str] | None = None) -> Devi
     if dtypes is not None and described.dtype not in dtypes:
         raise DtypeError(f"{name}: expected dtype {', '.join(dtypes)}, got {described.dtype}")
     return described
+
+
+def _cupy_array(array: Any) -> Any:
+    """`array` as CuPy has it, or ``None``. A foreign array crosses without a copy."""
+    if isinstance(array, getattr(sys.modules.get("cupy"), "ndarray", ())):
+        return array
+    if hasattr(array, "__dlpack_device__") and int(array.__dlpack_device__()[0]) in _DLPACK_CUDA:
+        return _cupy().from_dlpack(array)
+    return None
 
 
 _ELSEWHERE = "on a CPU call the function of the same name in tilewise, or tilewise.torch for tensors"
@@ -157,10 +170,18 @@ def _architecture(device: int) -> str:
     return architecture_for(int(capability[:-1]), int(capability[-1]))
 
 
+def architecture(like: DeviceArray) -> str:
+    """What kernels for the GPU of `like` are compiled for, e.g. ``sm_90a``."""
+    return _architecture(like.device)
+
+
 @functools.cache
-def _function(kernel: Kernel, architecture: str) -> Any:
-    """The loaded kernel. CuPy loads the cubin once for each GPU on which it is launched."""
-    return _cupy().RawModule(path=str(cubin(kernel, architecture))).get_function(kernel.name)
+def _function(kernel: Kernel, device: int) -> Any:
+    """The kernel, loaded on a GPU, which is the current one: CuPy's attributes belong to one device."""
+    function = _cupy().RawModule(path=str(cubin(kernel, _architecture(device)))).get_function(kernel.name)
+    if kernel.shared > _SHARED_BY_DEFAULT:
+        function.max_dynamic_shared_size_bytes = kernel.shared
+    return function
 
 
 def launch(
@@ -193,13 +214,13 @@ def launch(
     )
     cupy = _cupy()
     with cupy.cuda.Device(like.device):
-        function = _function(kernel, _architecture(like.device))
+        function = _function(kernel, like.device)
         if like.is_torch:
             current = sys.modules["torch"].cuda.current_stream(like.array.device)
             with cupy.cuda.Stream.from_external(current):
-                function(grid, block, values)
+                function(grid, block, values, shared_mem=kernel.shared)
         else:
-            function(grid, block, values)
+            function(grid, block, values, shared_mem=kernel.shared)
 
 
 def why_not() -> str | None:

@@ -6,7 +6,8 @@
         path, attn_implementation="tilewise", experts_implementation="tilewise"
     )
 
-or, for a model that is there already, ``tilewise.hf.switch(model)``.
+or, for a model that is there already, ``tilewise.hf.switch(model)``. To train, experts alone:
+``tilewise.hf.switch(model, attention=False)``, and ``tilewise.hf.round_tokens(model)`` for token rounding.
 
 Importing this package changes nothing in transformers; :func:`register` does, explicitly and as often as one likes.
 """
@@ -24,8 +25,18 @@ if TYPE_CHECKING:
     from tilewise.hf.attention import attention_forward
     from tilewise.hf.experts import experts_forward
     from tilewise.hf.masks import attention_mask
+    from tilewise.hf.rounding import TokenRounding, round_tokens
 
-__all__ = ["NAME", "attention_forward", "attention_mask", "experts_forward", "register", "switch"]
+__all__ = [
+    "NAME",
+    "TokenRounding",
+    "attention_forward",
+    "attention_mask",
+    "experts_forward",
+    "register",
+    "round_tokens",
+    "switch",
+]
 
 NAME = "tilewise"
 """The name to give as ``attn_implementation`` and ``experts_implementation``."""
@@ -34,6 +45,8 @@ _HOMES = {
     "attention_forward": "tilewise.hf.attention",
     "attention_mask": "tilewise.hf.masks",
     "experts_forward": "tilewise.hf.experts",
+    "TokenRounding": "tilewise.hf.rounding",
+    "round_tokens": "tilewise.hf.rounding",
 }
 
 
@@ -76,8 +89,13 @@ def register() -> None:
     ExpertsInterface.register(NAME, experts_forward)
 
 
-def switch(model: PreTrainedModel) -> None:
+def switch(model: PreTrainedModel, *, attention: bool = True, experts: bool = True) -> None:
     """Let a model compute its attention and its experts with tilewise from now on.
+
+    Args:
+        model: any model of transformers.
+        attention: switch attention; leave it out to train, since that has no backward pass yet.
+        experts: switch the experts, if the model has any.
 
     What ``model.set_attn_implementation`` and ``model.set_experts_implementation`` do; the latter takes names of others
     than transformers' own only from 5.10 on, and this function takes care of that.
@@ -86,8 +104,9 @@ def switch(model: PreTrainedModel) -> None:
         MissingExtraError: torch or transformers is not installed.
     """
     register()
-    model.set_attn_implementation(NAME)
-    if not model._can_set_experts_implementation():
+    if attention:
+        model.set_attn_implementation(NAME)
+    if not experts or not model._can_set_experts_implementation():
         return
     try:
         model.set_experts_implementation(NAME)

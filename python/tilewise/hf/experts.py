@@ -13,7 +13,10 @@ from tilewise import torch as twt
 from tilewise.errors import UnsupportedError
 from tilewise.moe import Activation, Layout
 
-__all__ = ["Plan", "experts_forward", "plan"]
+__all__ = ["ROUNDING", "Plan", "experts_forward", "plan"]
+
+ROUNDING = "_tilewise_rounding"
+"""Attribute of an expert module whose tokens are rounded (see :mod:`tilewise.hf.rounding`)."""
 
 _GATED: tuple[Activation, ...] = ("swiglu", "swiglu_clamped", "geglu", "geglu_tanh", "reglu")
 _PLAIN: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -122,6 +125,7 @@ def _fingerprint(module: nn.Module) -> tuple[Any, ...]:
     )
 
 
+@torch.compiler.assume_constant_result  # the probe is no part of a compiled graph, its answer is
 def plan(module: nn.Module, device: torch.device | str = "cpu") -> Plan:
     """Decide how to compute an expert module; made once a module and remembered.
 
@@ -158,12 +162,14 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
             contribute nothing.
         top_k_weights: ``[T, K]``.
 
+    Gradients flow to the states, the weights of the routing and every parameter. Under autocast it computes in
+    autocast's type; otherwise in the parameters'.
+
     Returns:
         ``[T, d]`` in the dtype of ``hidden_states``.
 
     Raises:
         UnsupportedError: a flag or an activation that tilewise does not compute, by name.
-        DeviceError: tensors that are not on the CPU.
     """
     how = plan(module, hidden_states.device)
     held: Any = module  # what a module holds under a name is known to its class alone
@@ -176,13 +182,19 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         second_bias = held.down_proj_bias
     if how.is_transposed:
         first, second = first.transpose(1, 2), second.transpose(1, 2)
-    dtype = first.dtype  # under autocast the states can be wider than the weights; the weights decide
+    token_ids: Tensor | None = None
+    rounding = getattr(module, ROUNDING, None)
+    if rounding is not None and (rounded := rounding.take(top_k_index)) is not None:
+        top_k_index, top_k_weights, token_ids = rounded
+    # The weights decide the type; under autocast `experts` itself casts all of them, as a linear layer does.
+    x = hidden_states if torch.is_autocast_enabled(hidden_states.device.type) else hidden_states.to(first.dtype)
     output = twt.moe.experts(
-        hidden_states.to(dtype),
+        x,
         top_k_index,
-        top_k_weights.to(torch.float64 if dtype == torch.float64 else torch.float32),
+        top_k_weights.to(torch.float64 if first.dtype == torch.float64 else torch.float32),
         first,
         second,
+        token_ids=token_ids,
         activation=how.activation,
         layout=how.layout,
         gate_up_bias=first_bias,

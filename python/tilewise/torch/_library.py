@@ -1,4 +1,4 @@
-"""How an operation becomes a torch operator: one schema, one CPU kernel, one fake kernel.
+"""How an operation becomes a torch operator: one schema, one CPU kernel, one fake kernel, for some a CUDA one.
 
 The low-level ``torch.library.Library`` form is used because a call costs 3 us, a third of ``custom_op``'s, and these
 operations run once per layer and token.
@@ -6,6 +6,7 @@ operations run once per layer and token.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +19,27 @@ __all__ = ["define", "differentiate", "refuse_device"]
 _LIBRARY = torch.library.Library("tilewise", "FRAGMENT")
 
 
-def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Registers ``tilewise::<name>`` and returns its overload packet's default overload."""
+def define(
+    name: str,
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    cuda: tuple[str, str] | None = None,
+) -> Any:
+    """Registers ``tilewise::<name>`` and returns its overload packet's default overload.
+
+    `cuda` names a module and a function in it, for tensors on a GPU; it is imported at the first call.
+    """
     _LIBRARY.define(name + schema)
     _LIBRARY.impl(name, kernel, "CPU")
+    if cuda is not None:
+        module, function = cuda
+
+        def on_device(*arguments: Any) -> Any:
+            return getattr(importlib.import_module(module), function)(*arguments)
+
+        _LIBRARY.impl(name, on_device, "CUDA")
     torch.library.register_fake(f"tilewise::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.tilewise, name).default
 
@@ -39,15 +57,15 @@ def differentiate(name: str, setup: Callable[..., None], backward: Callable[...,
     torch.library.register_autograd(f"tilewise::{operator}", refuse, lib=_LIBRARY)
 
 
-def refuse_device(**tensors: torch.Tensor | None) -> None:
-    """Names the first tensor that no kernel of this build can take.
+def refuse_device(*, cuda: bool = False, **tensors: torch.Tensor | None) -> None:
+    """Names the first tensor that no kernel of this build can take; `cuda`: there is one for GPUs.
 
     Raises:
-        DeviceError: a tensor that is not on the CPU (fake and meta tensors under tracing are let through).
+        DeviceError: a tensor on another device (fake and meta tensors under tracing are let through).
         DtypeError: 16-bit unsigned integers, which the core would read as the bits of bfloat16.
     """
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device.type not in ("cpu", "meta"):
+        if tensor is not None and tensor.device.type not in (("cpu", "meta", "cuda") if cuda else ("cpu", "meta")):
             raise DeviceError(f"{name}: expected a tensor on the CPU, got {tensor.device}; use x.cpu()")
         if tensor is not None and tensor.dtype == torch.uint16:
             raise DtypeError(f"{name}: expected a floating type, got uint16; use x.view(torch.bfloat16) on bits")

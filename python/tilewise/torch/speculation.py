@@ -356,7 +356,7 @@ def _per_row(name: str, value: Any, rows: int, dtype: torch.dtype) -> torch.Tens
     """`value` as ``[rows]`` of `dtype`; numbers are repeated."""
     integral = dtype == torch.int64
     if isinstance(value, torch.Tensor):
-        refuse_device(**{name: value})
+        refuse_device(cuda=False, **{name: value})
         if value.dtype == torch.bool or value.is_complex() or (integral and value.is_floating_point()):
             raise DtypeError(f"{name}: expected {'integers' if integral else 'numbers'}, got {value.dtype}")
         if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != rows):

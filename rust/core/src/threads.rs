@@ -6,6 +6,7 @@
 //!
 //! Size: `TILEWISE_NUM_THREADS`, then `OMP_NUM_THREADS`, then the CPUs this process may run on.
 
+use crate::arch::Subnormals;
 use crate::error::{Error, Result};
 use std::cell::RefCell;
 use std::sync::Mutex;
@@ -115,6 +116,7 @@ pub fn for_each<S>(
 ) -> Result<()> {
     let count = threads().min(tasks);
     if count <= 1 || serial {
+        let _subnormals = Subnormals::kept();
         let mut local = scratch();
         let mut seen = Instant::now();
         for task in 0..tasks {
@@ -128,6 +130,7 @@ pub fn for_each<S>(
     let next = AtomicUsize::new(0);
     let stop = AtomicBool::new(false);
     let run = |poll: bool| {
+        let _subnormals = Subnormals::kept();
         let mut local = None;
         let mut seen = Instant::now();
         while !stop.load(Ordering::Relaxed) {

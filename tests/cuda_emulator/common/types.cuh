@@ -6,6 +6,7 @@ namespace tilewise {
 using i32 = int;
 using u32 = unsigned int;
 using i64 = long long;
+using u64 = unsigned long long;
 using u16 = unsigned short;
 using f32 = float;
 
@@ -20,6 +21,9 @@ inline f32 __uint_as_float(u32 bits) {
     std::memcpy(&x, &bits, 4);
     return x;
 }
+
+inline f32 __expf(f32 x) { return expf(x); }
+inline f32 __fdividef(f32 x, f32 y) { return x / y; }
 
 inline f32 infinity() { return __uint_as_float(0x7f800000u); }
 inline f32 not_a_number() { return __uint_as_float(0x7fc00000u); }

@@ -1,8 +1,8 @@
 """The expert layer on torch tensors (see :mod:`tilewise.moe.layer`), with gradients.
 
-Three operators: the layer (with or without its pre-activation), its gradients, and the layer on int8 weights (no
-gradients). Between the passes autograd keeps the
-inputs and the pre-activation, nothing else: ``2 T d + 4 T K n`` bytes in bfloat16 beside ids and weights.
+Three operators: the layer (with or without its pre-activation), its gradients, and the layer on int8 weights, which has
+none. Between the passes autograd keeps the inputs and the pre-activation, nothing else: ``2 T d + 4 T K n`` bytes in
+bfloat16 beside ids and weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from tilewise import moe
 from tilewise.errors import UnsupportedError
 from tilewise.moe import Activation, ExpertGradients, Layout
-from tilewise.torch._library import define, refuse_device
+from tilewise.torch._library import define, differentiate, refuse_device
 
 __all__ = ["experts"]
 
@@ -32,8 +32,8 @@ def _options(rest: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _experts_kernel(x: Tensor, expert_ids: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *rest, keep = rest
-    options = _options(tuple(rest))
+    keep = rest[-1]
+    options = _options(rest[:-1])
     if keep:
         return moe.experts_forward(x, expert_ids, weights, **options)
     return moe.experts(x, expert_ids, weights, **options), x.new_empty(0)
@@ -45,17 +45,21 @@ def _experts_fake(x: Tensor, expert_ids: Tensor, weights: Tensor, *rest: Any) ->
     return x.new_empty(x.shape), x.new_empty(kept)
 
 
-_experts = define("moe_experts", f"({_ARGUMENTS}, bool keep) -> (Tensor, Tensor)", _experts_kernel, _experts_fake)
+_experts = define(
+    "moe_experts",
+    f"({_ARGUMENTS}, bool keep) -> (Tensor, Tensor)",
+    _experts_kernel,
+    _experts_fake,
+    cuda=("tilewise.cuda.moe.operators", "experts"),
+)
 
 
 def _backward_kernel(
     grad: Tensor, pre_activation: Tensor, x: Tensor, expert_ids: Tensor, weights: Tensor, *rest: Any
 ) -> list[Tensor]:
-    *rest, wanted = rest
+    wanted = rest[-1]
     names = [name for name, want in zip(ExpertGradients._fields, wanted, strict=True) if want]
-    gradients = moe.experts_backward(
-        grad, pre_activation, x, expert_ids, weights, **_options(tuple(rest)), wanted=names
-    )
+    gradients = moe.experts_backward(grad, pre_activation, x, expert_ids, weights, **_options(rest[:-1]), wanted=names)
     return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
@@ -79,6 +83,7 @@ _backward = define(
     f"(Tensor grad, Tensor pre_activation, {_ARGUMENTS}, bool[] wanted) -> Tensor[]",
     _backward_kernel,
     _backward_fake,
+    cuda=("tilewise.cuda.moe.operators", "experts_backward"),
 )
 
 # Positions in the operator's arguments of what has a gradient, in the order of ExpertGradients.
@@ -106,15 +111,18 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None
     return tuple(nothing)
 
 
-def _refuse_twice(ctx: Any, *_: Any) -> None:
-    raise UnsupportedError(
-        "moe.experts: a second derivative (create_graph=True, then backward through the gradient) is not supported; "
-        "use the module's eager experts where you need one"
-    )
+differentiate("moe_experts", _setup, _differentiate, operator="moe_experts_backward")
 
 
-torch.library.register_autograd("tilewise::moe_experts", _differentiate, setup_context=_setup)
-torch.library.register_autograd("tilewise::moe_experts_backward", _refuse_twice, setup_context=lambda *_, **__: None)
+def _autocast(x: Tensor, gate_up: Tensor, down: Tensor, *biases: Tensor | None) -> tuple[Any, ...]:
+    """The operands in autocast's type, where it is on; as torch does, double precision is left alone,
+    and so are int8 weights."""
+    operands = (x, gate_up, down, *biases)
+    if not torch.is_autocast_enabled(x.device.type):
+        return operands
+    dtype = torch.get_autocast_dtype(x.device.type)
+    kept = (torch.float64, torch.int8)
+    return tuple(tensor.to(dtype) if tensor is not None and tensor.dtype not in kept else tensor for tensor in operands)
 
 
 _QUANTISED = _ARGUMENTS.replace(", str activation", ", Tensor? gate_up_scale, Tensor? down_scale, str activation")
@@ -152,9 +160,10 @@ def experts(
 ) -> Tensor:
     """The expert layer on torch tensors; arguments, result and errors as in :func:`tilewise.moe.experts`.
 
-    Differentiable by `x`, `weights`, `gate_up`, `down` and both biases; nothing is kept where no gradient is asked for.
-    Under autocast, `x`, the expert weights and biases are cast to its type; the routing weights stay as they are, and
-    so do int8 weights and their scales. The layer on int8 weights is for inference.
+    Differentiable by `x`, `weights`, `gate_up`, `down` and both biases; without a gradient nothing is kept.
+    Tensors on a GPU go to :func:`tilewise.cuda.moe.experts`. Under autocast, `x`, expert weights and biases are cast
+    to its type; the routing weights stay as they are, and so do int8 weights and their scales. The layer on int8
+    weights is for inference, on the CPU.
 
     Raises:
         UnsupportedError: on a second derivative; int8 weights where a gradient is asked for.
@@ -167,34 +176,30 @@ def experts(
         >>> up.grad[1].abs().max()
         tensor(0.)
     """
-    refuse_device(x=x, expert_ids=expert_ids, weights=weights, token_ids=token_ids, gate_up=gate_up, down=down)
-    refuse_device(gate_up_bias=gate_up_bias, down_bias=down_bias, gate_up_scale=gate_up_scale, down_scale=down_scale)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, gate_up, down, gate_up_bias, down_bias = (
-            tensor if tensor is None or tensor.dtype == torch.int8 else tensor.to(dtype)
-            for tensor in (x, gate_up, down, gate_up_bias, down_bias)
-        )
+    int8 = gate_up_scale is not None or down_scale is not None or torch.int8 in (gate_up.dtype, down.dtype)
+    refuse_device(
+        cuda=not int8,
+        x=x,
+        expert_ids=expert_ids,
+        weights=weights,
+        token_ids=token_ids,
+        gate_up=gate_up,
+        down=down,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        gate_up_scale=gate_up_scale,
+        down_scale=down_scale,
+    )
+    x, gate_up, down, gate_up_bias, down_bias = _autocast(x, gate_up, down, gate_up_bias, down_bias)
+    differentiable = (x, weights, gate_up, down, gate_up_bias, down_bias, gate_up_scale, down_scale)
+    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
     operands = (x, expert_ids, weights, token_ids, gate_up, down, gate_up_bias, down_bias)
-    differentiable = {
-        "x": x,
-        "weights": weights,
-        "gate_up": gate_up,
-        "down": down,
-        "gate_up_bias": gate_up_bias,
-        "down_bias": down_bias,
-        "gate_up_scale": gate_up_scale,
-        "down_scale": down_scale,
-    }
-    wanted = [name for name, tensor in differentiable.items() if tensor is not None and tensor.requires_grad]
-    keep = torch.is_grad_enabled() and len(wanted) > 0
     options = (activation, layout, float(alpha), float(limit))
-    if gate_up_scale is None and down_scale is None and torch.int8 not in (gate_up.dtype, down.dtype):
+    if not int8:
         return _experts(*operands, *options, keep)[0]
     if keep:
         raise UnsupportedError(
-            f"moe.experts: {wanted[0]} requires a gradient and int8 weights have none; dequantise for training "
-            "(gate_up * gate_up_scale[..., None], in the type of x), or call it under torch.no_grad()"
+            "moe.experts: an argument requires a gradient and the layer on int8 weights has none; dequantise for "
+            "training (gate_up * gate_up_scale[..., None], in the type of x), or call it under torch.no_grad()"
         )
     return _quantised(*operands, gate_up_scale, down_scale, *options)

@@ -56,12 +56,14 @@ _route = define(
     "-> (Tensor, Tensor)",
     _route_kernel,
     _route_fake,
+    cuda=("tilewise.cuda.moe.operators", "route"),
 )
 _route_backward = define(
     "moe_route_backward",
     "(Tensor grad, Tensor logits, Tensor expert_ids, str scoring, bool renormalise, float scale) -> Tensor",
     _route_backward_kernel,
     _route_backward_fake,
+    cuda=("tilewise.cuda.moe.operators", "route_backward"),
 )
 
 
@@ -107,7 +109,7 @@ def route(
         >>> expert_ids.tolist(), logits.grad.tolist()
         ([[1, 2]], [[0.0, 0.25, -0.25]])
     """
-    refuse_device(logits=logits, bias=bias)
+    refuse_device(cuda=True, logits=logits, bias=bias)
     kept = groups if top_groups is None else top_groups
     return _route(logits, top_k, scoring, bias, renormalise, float(scale), groups, kept)
 

@@ -151,6 +151,54 @@ pub fn force(name: Option<&str>) -> Result<()> {
     Ok(())
 }
 
+/// While it lives, the thread computes with subnormal numbers, whatever its caller asked the processor for
+/// (`torch.set_flush_denormal`): results must not depend on which thread computes them.
+#[must_use]
+pub struct Subnormals {
+    #[cfg(target_arch = "x86_64")]
+    before: u32,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Subnormals {
+    /// Flush-to-zero and denormals-are-zero in the control register.
+    const FLUSH: u32 = 1 << 15 | 1 << 6;
+
+    /// From now on, until it is dropped.
+    #[inline]
+    pub fn kept() -> Self {
+        let mut before = 0u32;
+        // SAFETY: stores the control register into a local; SSE is part of x86-64.
+        unsafe { std::arch::asm!("stmxcsr [{}]", in(reg) &raw mut before, options(nostack, preserves_flags)) };
+        if before & Self::FLUSH != 0 {
+            Self::set(before & !Self::FLUSH);
+        }
+        Self { before }
+    }
+
+    fn set(value: u32) {
+        // SAFETY: a value that was read from the register, with two valid bits changed.
+        unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const value, options(nostack, preserves_flags)) };
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Drop for Subnormals {
+    fn drop(&mut self) {
+        if self.before & Self::FLUSH != 0 {
+            Self::set(self.before);
+        }
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+impl Subnormals {
+    /// Nothing to do: elsewhere nobody offers to flush.
+    pub fn kept() -> Self {
+        Self {}
+    }
+}
+
 /// Asks for the memory of a matrix whose rows are contiguous (others are left alone). A hint.
 #[inline]
 pub fn prefetch<T: Copy>(matrix: Matrix<'_, T>) {

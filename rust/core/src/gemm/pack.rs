@@ -108,6 +108,9 @@ pub fn stacked<S: Arithmetic>(
     let units = S::units(lines.len());
     let step = block_step(units, width);
     let len = columns.len().div_ceil(width) * step;
+    if len == 0 {
+        return units;
+    }
     if blocks.len() < len {
         blocks.resize(len, S::Unit::default());
     }

@@ -28,7 +28,7 @@ const GROUP: usize = 384;
 /// Lines of the result that are multiplied at a time: a multiple of every block of the left operand.
 const STRIP: usize = 96;
 /// Most lines of the result in a task.
-const LINES: usize = 1152;
+const LINES: usize = 2048;
 /// Size of the stacked left operand.
 const LEFT_BYTES: usize = 768 << 10;
 
@@ -103,12 +103,12 @@ pub(super) fn weights<S: Arithmetic>(
     let x = layer.x.matrix::<S>(&[]);
     let mut tasks = Vec::new();
     for expert in 0..layer.experts() {
-        if gate_up.is_some() && d > 0 {
+        if gate_up.is_some() && d > 0 && n > 0 {
             cut::<S>(layer.routing.of(expert).len(), halves * n, d, |lines, columns| {
                 tasks.push((expert, true, lines, columns));
             });
         }
-        if down.is_some() && n > 0 {
+        if down.is_some() && d > 0 && n > 0 {
             cut::<S>(layer.routing.of(expert).len(), d, n, |lines, columns| {
                 tasks.push((expert, false, lines, columns));
             });
