@@ -42,7 +42,16 @@ from tilewise.errors import (
     VocabularyError,
 )
 from tilewise.gemm import matmul
-from tilewise.moe import Routing, experts, load_balance_loss, round_tokens, route
+from tilewise.moe import (
+    Routing,
+    experts,
+    experts_backward,
+    experts_forward,
+    load_balance_loss,
+    quantise_experts,
+    round_tokens,
+    route,
+)
 from tilewise.testing import force_isa, force_threads, levels, normal
 
 torch = pytest.importorskip("torch")
@@ -58,6 +67,8 @@ LOGITS = normal((3, 6))
 X, IDS, WEIGHTS = normal((3, 8)), np.zeros((3, 2), np.int32), np.ones((3, 2), np.float32)
 DISTINCT = np.array([[0, 1], [2, 3], [5, 4]], np.int32)
 GATE_UP, DOWN = normal((4, 10, 8)), normal((4, 8, 5))
+QUANTISED = quantise_experts(GATE_UP, DOWN)
+INT8 = QUANTISED._asdict()
 
 
 # What `except` of somebody who does not know tilewise would catch.
@@ -370,6 +381,18 @@ SHAPES = [
         ShapeError,
         ("down_bias:", "[4, 8]", "(4, 7)"),
     ),
+    Row(
+        "experts: scales",
+        lambda: experts(X, IDS, WEIGHTS, **{**INT8, "gate_up_scale": INT8["gate_up_scale"][:, :9]}),
+        ShapeError,
+        ("gate_up_scale:", "[4, 10]", "(4, 9)"),
+    ),
+    Row(
+        "quantise_experts: rank",
+        lambda: quantise_experts(GATE_UP, DOWN[0]),
+        ShapeError,
+        ("down:", "rank 3", "(8, 5)"),
+    ),
     Row("process: rank", lambda: spec.process(np.ones(())), ShapeError, ("logits:", "[B, V]", "()")),
     Row(
         "process: settings per row",
@@ -382,6 +405,13 @@ SHAPES = [
 
 DTYPES = [
     Row("int8", lambda: matmul(A.astype(np.int8), B), DtypeError, ("a:", "float32", "int8")),
+    Row("int8 by DLPack", lambda: _core.matmul(A.astype(np.int8), B, None, A), DtypeError, ("b:", "int8, as a")),
+    Row(
+        "int8 twice by DLPack",
+        lambda: _core.matmul(A.astype(np.int8), B.astype(np.int8), None, normal((2, 4))),
+        DtypeError,
+        ("a:", "bfloat16", "int8"),
+    ),
     Row("complex64", lambda: matmul(A.astype(np.complex64), B), DtypeError, ("a:", "bfloat16", "complex64")),
     Row("uint16 is not bfloat16", lambda: matmul(A.astype(np.uint16), B), DtypeError, ("a:", "got uint16")),
     Row("objects", lambda: matmul(A.astype(object), B), DtypeError, ("a:", "object")),
@@ -476,6 +506,47 @@ DTYPES = [
         ("gate_up:", "float32, as x", "float16"),
     ),
     Row(
+        "experts: int8 x", lambda: experts(INT8["down"][0], IDS, WEIGHTS, **INT8), DtypeError, ("x:", "float32", "int8")
+    ),
+    Row(
+        "experts: int8 without a scale",
+        lambda: experts(X, IDS, WEIGHTS, INT8["gate_up"], DOWN),
+        DtypeError,
+        ("gate_up:", "float32, as x", "got int8", "gate_up_scale that quantise_experts"),
+    ),
+    Row(
+        "experts: a scale without int8",
+        lambda: experts(X, IDS, WEIGHTS, GATE_UP, DOWN, down_scale=INT8["down_scale"]),
+        DtypeError,
+        ("down:", "int8, as down_scale was given", "got float32"),
+    ),
+    Row(
+        "experts: scales of another type",
+        lambda: experts(X, IDS, WEIGHTS, **{**INT8, "down_scale": INT8["down_scale"].astype(np.float64)}),
+        DtypeError,
+        ("down_scale:", "float32", "got float64"),
+    ),
+    Row(
+        "experts: int8 bias",
+        lambda: experts(X, IDS, WEIGHTS, GATE_UP, DOWN, down_bias=INT8["down"][..., 0]),
+        DtypeError,
+        ("down_bias:", "float32", "int8"),
+    ),
+    Row(
+        "experts: int8 gradients by the core",
+        lambda: _core.experts_backward(
+            X,
+            normal((6, 10)),
+            (X, IDS, WEIGHTS, None, INT8["gate_up"], INT8["down"], None, None, *QUANTISED[1::2]),
+            ("swiglu", 1.0, 1.0, "concatenated"),
+            (None,) * 6,
+        ),
+        DtypeError,
+        ("gate_up:", "int8 weights are for inference", "dequantise for training"),
+    ),
+    Row("quantise_experts: twice", lambda: quantise_experts(GATE_UP, INT8["down"]), DtypeError, ("down:", "got int8")),
+    Row("quantise_experts: integers", lambda: quantise_experts(GATE_UP, IDS[None]), DtypeError, ("down:", "int32")),
+    Row(
         "torch: uint16",
         lambda: twt.matmul(torch.ones(2, 2).to(torch.uint16), torch.ones(2, 2)),
         DtypeError,
@@ -490,6 +561,12 @@ DTYPES = [
 ]
 
 VALUES = [
+    Row(
+        "quantise_experts: NaN",
+        lambda: quantise_experts(np.where(GATE_UP[2, 3, 4] == GATE_UP, np.nan, GATE_UP), DOWN),
+        ArgumentError,
+        ("gate_up:", "finite", "NaN at expert 2, row 3, column 4"),
+    ),
     Row("matmul: negative row", lambda: matmul(A, B, rows=np.array([-1])), ArgumentError, ("0..2", "-1")),
     Row("matmul: large row", lambda: matmul(A, B, rows=np.array([0, 2])), ArgumentError, ("position 1",)),
     Row("scale", lambda: attention(Q, K, K, scale=np.inf), ArgumentError, ("scale:", "finite", "inf")),
@@ -671,6 +748,29 @@ OTHERS = [
         lambda: matmul(torch.ones(2, 3, device="meta"), B),
         DeviceError,
         ("a:", "CPU", "meta", "x.cpu()"),
+    ),
+    Row(
+        "experts_forward: int8",
+        lambda: experts_forward(X, IDS, WEIGHTS, INT8["gate_up"], DOWN),
+        UnsupportedError,
+        ("experts_forward:", "gate_up", "inference only", "gate_up_scale[..., None]"),
+    ),
+    Row(
+        "experts_backward: int8",
+        lambda: experts_backward(X, normal((6, 10)), X, IDS, WEIGHTS, GATE_UP, INT8["down"]),
+        UnsupportedError,
+        ("experts_backward:", "down", "dequantise for training"),
+    ),
+    Row(
+        "torch experts: a gradient through int8",
+        lambda: twt.moe.experts(
+            torch.ones(3, 8, requires_grad=True),
+            torch.zeros(3, 2, dtype=torch.int32),
+            torch.ones(3, 2),
+            **{name: torch.from_numpy(array) for name, array in INT8.items()},
+        ),
+        UnsupportedError,
+        ("requires a gradient", "int8", "dequantise for training", "no_grad"),
     ),
     Row("a gradient", lambda: twt.attention(*[gradient()] * 3), UnsupportedError, ("no_grad",)),
     Row("a list", lambda: matmul([[1.0]], B), TypeError, ("a:", "array", "list")),

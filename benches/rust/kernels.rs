@@ -67,6 +67,8 @@ fn experts(c: &mut Criterion) {
                 let weights = Weights {
                     gate_up: Array::from_slice(&up, &[EXPERTS, 2 * HIDDEN, WIDTH]).unwrap(),
                     down: Array::from_slice(&down, &[EXPERTS, WIDTH, HIDDEN]).unwrap(),
+                    gate_up_scale: None,
+                    down_scale: None,
                     gate_up_bias: None,
                     down_bias: None,
                     layout: Layout::Concatenated,

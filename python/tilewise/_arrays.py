@@ -31,8 +31,10 @@ def dtype_name(array: Any) -> str:
     return str(array.dtype).removeprefix("torch.")
 
 
-def native(name: str, array: Any) -> Any:
+def native(name: str, array: Any, *, int8: bool = False) -> Any:
     """The same memory as something the core reads; `name` is the argument, for messages.
+
+    `int8` lets int8 through, which few operations take.
 
     Raises:
         TypeError: not an array.
@@ -44,7 +46,7 @@ def native(name: str, array: Any) -> Any:
             raise DtypeError(
                 f"{name}: expected native byte order, got {array.dtype.str}; use x.astype(x.dtype.newbyteorder('='))"
             )
-        _check_dtype(name, array)
+        _check_dtype(name, array, int8)
         if array.dtype.name == "bfloat16":
             array = array.view(np.uint16)
         return array if array.flags.aligned else array.copy()
@@ -53,7 +55,7 @@ def native(name: str, array: Any) -> Any:
             raise DeviceError(
                 f"{name}: expected an array on the CPU, got a torch tensor on {array.device}; use x.cpu()"
             )
-        _check_dtype(name, array)
+        _check_dtype(name, array, int8)
         return array.detach() if array.requires_grad else array
     if not hasattr(array, "__dlpack__"):
         raise TypeError(
@@ -67,8 +69,8 @@ def native(name: str, array: Any) -> Any:
     return array
 
 
-def _check_dtype(name: str, array: Any) -> None:
-    if dtype_name(array) not in _DTYPES:
+def _check_dtype(name: str, array: Any, int8: bool) -> None:
+    if dtype_name(array) not in _DTYPES and not (int8 and dtype_name(array) == "int8"):
         raise DtypeError(f"{name}: expected dtype {', '.join(_DTYPES)}, got {dtype_name(array)}; use astype or to")
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "matmul",
     "num_threads",
     "philox4x32",
+    "quantise",
     "round_tokens",
     "round_tokens_backward",
     "route",
@@ -150,6 +151,7 @@ def experts_backward(
     options: tuple[str, float, float, str],
     outputs: Sequence[_Array | None],
 ) -> None: ...
+def quantise(name: str, weight: _Array, bytes: _Array, scale: _Array) -> None: ...
 
 # speculation
 def uniform(seed: int, request: int, position: int, purpose: _Purpose) -> float: ...

@@ -2,7 +2,8 @@
 
 * :mod:`tilewise.moe.routers`: logits to expert ids and weights, and the loss that balances the load;
 * :mod:`tilewise.moe.rounding`: token rounding, and :class:`Routing`, a routing as pairs;
-* :mod:`tilewise.moe.layer`: the expert layer, forward and backward.
+* :mod:`tilewise.moe.layer`: the expert layer, forward and backward;
+* :mod:`tilewise.moe.quantise`: expert weights as int8 with scales, for inference.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from tilewise.moe.layer import (
     experts_backward,
     experts_forward,
 )
+from tilewise.moe.quantise import QuantisedExperts, quantise_experts
 from tilewise.moe.rounding import Routing, Rule, round_tokens
 from tilewise.moe.routers import Scoring, load_balance_loss, route
 
@@ -24,6 +26,7 @@ __all__ = [
     "Activation",
     "ExpertGradients",
     "Layout",
+    "QuantisedExperts",
     "Routing",
     "Rule",
     "Scoring",
@@ -31,6 +34,7 @@ __all__ = [
     "experts_backward",
     "experts_forward",
     "load_balance_loss",
+    "quantise_experts",
     "round_tokens",
     "route",
 ]

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from tilewise import _core
 from tilewise._arrays import dtype_name, like, native
-from tilewise.errors import ArgumentError, ShapeError
+from tilewise.errors import ArgumentError, ShapeError, UnsupportedError
 
 __all__ = [
     "ACTIVATIONS",
@@ -58,7 +58,16 @@ class ExpertGradients(NamedTuple):
 
 
 def _operands(
-    x: Any, expert_ids: Any, weights: Any, token_ids: Any, gate_up: Any, down: Any, gate_up_bias: Any, down_bias: Any
+    x: Any,
+    expert_ids: Any,
+    weights: Any,
+    token_ids: Any,
+    gate_up: Any,
+    down: Any,
+    gate_up_bias: Any,
+    down_bias: Any,
+    gate_up_scale: Any = None,
+    down_scale: Any = None,
 ) -> tuple[Any, ...]:
     """The arrays as the core reads them, in the binding's order."""
     source = native("x", x)
@@ -69,11 +78,22 @@ def _operands(
         native("expert_ids", expert_ids),
         native("weights", weights),
         None if token_ids is None else native("token_ids", token_ids),
-        native("gate_up", gate_up),
-        native("down", down),
+        native("gate_up", gate_up, int8=True),
+        native("down", down, int8=True),
         None if gate_up_bias is None else native("gate_up_bias", gate_up_bias),
         None if down_bias is None else native("down_bias", down_bias),
+        None if gate_up_scale is None else native("gate_up_scale", gate_up_scale),
+        None if down_scale is None else native("down_scale", down_scale),
     )
+
+
+def _refuse_int8(operation: str, gate_up: Any, down: Any) -> None:
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        if dtype_name(native(name, weight, int8=True)) == "int8":
+            raise UnsupportedError(
+                f"{operation}: expected a floating {name}, got int8, which experts takes for inference only; "
+                f"dequantise for training ({name} * {name}_scale[..., None], in the type of x)"
+            )
 
 
 def experts(
@@ -88,6 +108,8 @@ def experts(
     layout: Layout = "concatenated",
     gate_up_bias: Any = None,
     down_bias: Any = None,
+    gate_up_scale: Any = None,
+    down_scale: Any = None,
     alpha: float = 1.702,
     limit: float = 7.0,
 ) -> ArrayT:
@@ -95,6 +117,10 @@ def experts(
 
     ``expert(x) = act(x @ gate_up.T + gate_up_bias) @ down.T + down_bias``. Products and sums are accumulated in float32
     (float64 for float64); the activation is rounded to the type of `x` before the second product, the result once.
+
+    `gate_up` and `down` may be int8 with a scale for each row (:func:`quantise_experts`): a weight is then
+    ``scale[e, r] * w[e, r, :]``, and only its bytes are read from memory. Products of bytes are accumulated like any
+    other, and the sums scaled before the bias.
 
     Args:
         x: ``[tokens, d]``, float32, float64, float16 or bfloat16; any strides.
@@ -112,6 +138,8 @@ def experts(
         layout: order of the rows of `gate_up`: all gates then all ups, or interleaved. Never guessed.
         gate_up_bias: ``[experts, 2n]`` (or ``[experts, n]``).
         down_bias: ``[experts, d]``.
+        gate_up_scale: ``[experts, 2n]`` (or ``[experts, n]``), float32: with an int8 `gate_up`, and only then.
+        down_scale: ``[experts, d]``, float32: with an int8 `down`, and only then.
         alpha: gain of ``swiglu_clamped``.
         limit: bound of ``swiglu_clamped``.
 
@@ -131,7 +159,9 @@ def experts(
 
     Source: the algebra and layouts of SonicMoE (arXiv 2512.14080).
     """
-    arrays = _operands(x, expert_ids, weights, token_ids, gate_up, down, gate_up_bias, down_bias)
+    arrays = _operands(
+        x, expert_ids, weights, token_ids, gate_up, down, gate_up_bias, down_bias, gate_up_scale, down_scale
+    )
     out, result = like(x, tuple(arrays[0].shape))
     _core.experts(arrays, (activation, float(alpha), float(limit), layout), out, None)
     return result
@@ -162,6 +192,7 @@ def experts_forward(
 
     Raises:
         ShapeError, DtypeError, ArgumentError, DeviceError: as :func:`experts`.
+        UnsupportedError: int8 weights.
 
     Example:
         >>> import numpy as np
@@ -170,6 +201,7 @@ def experts_forward(
         >>> experts_forward(x, np.array([[2]]), np.ones((1, 1), np.float32), up, down, activation="relu")[1]
         array([[2., 2., 2., 2.]], dtype=float32)
     """
+    _refuse_int8("experts_forward", gate_up, down)
     arrays = _operands(x, expert_ids, weights, token_ids, gate_up, down, gate_up_bias, down_bias)
     out, result = like(x, tuple(arrays[0].shape))
     pre, kept = like(x, (math.prod(expert_ids.shape), gate_up.shape[1] if gate_up.ndim == 3 else 0))
@@ -211,6 +243,7 @@ def experts_backward(
 
     Raises:
         ShapeError, DtypeError, ArgumentError, DeviceError: as :func:`experts`; ArgumentError for an unknown name.
+        UnsupportedError: int8 weights.
 
     Example:
         >>> import numpy as np
@@ -227,6 +260,7 @@ def experts_backward(
     unknown = [name for name in wanted if name not in ExpertGradients._fields]
     if unknown:
         raise ArgumentError(f"wanted: expected names among {', '.join(ExpertGradients._fields)}, got {unknown[0]!r}")
+    _refuse_int8("experts_backward", gate_up, down)
     arrays = _operands(x, expert_ids, weights, token_ids, gate_up, down, gate_up_bias, down_bias)
     accumulator = "float64" if dtype_name(x) == "float64" else "float32"
     targets = {

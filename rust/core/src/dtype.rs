@@ -11,6 +11,7 @@ pub enum Dtype {
     F64,
     F16,
     Bf16,
+    I8,
     I32,
     I64,
     Bool,
@@ -23,7 +24,7 @@ impl Dtype {
             Dtype::F64 | Dtype::I64 => 8,
             Dtype::F32 | Dtype::I32 => 4,
             Dtype::F16 | Dtype::Bf16 => 2,
-            Dtype::Bool => 1,
+            Dtype::I8 | Dtype::Bool => 1,
         }
     }
 
@@ -34,6 +35,7 @@ impl Dtype {
             Dtype::F64 => "float64",
             Dtype::F16 => "float16",
             Dtype::Bf16 => "bfloat16",
+            Dtype::I8 => "int8",
             Dtype::I32 => "int32",
             Dtype::I64 => "int64",
             Dtype::Bool => "bool",
@@ -69,7 +71,7 @@ impl Flag {
 macro_rules! element {
     ($($t:ty => $d:ident),*) => { $(impl Element for $t { const DTYPE: Dtype = Dtype::$d; })* };
 }
-element!(f32 => F32, f64 => F64, f16 => F16, bf16 => Bf16, i32 => I32, i64 => I64, Flag => Bool);
+element!(f32 => F32, f64 => F64, f16 => F16, bf16 => Bf16, i8 => I8, i32 => I32, i64 => I64, Flag => Bool);
 
 /// Floating types that kernels read: each widens to its accumulator (`f32`, or `f64` for `f64`).
 pub trait Float: Element {

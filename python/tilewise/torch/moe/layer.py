@@ -1,7 +1,8 @@
 """The expert layer on torch tensors (see :mod:`tilewise.moe.layer`), with gradients.
 
-Two operators: the layer (with or without its pre-activation) and its gradients. Between the passes autograd keeps the
-inputs and the pre-activation, nothing else: ``2 T d + 4 T K n`` bytes in bfloat16 beside ids and weights.
+Three operators: the layer (with or without its pre-activation), its gradients, and the layer on int8 weights, which has
+none. Between the passes autograd keeps the inputs and the pre-activation, nothing else: ``2 T d + 4 T K n`` bytes in
+bfloat16 beside ids and weights.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tilewise import moe
+from tilewise.errors import UnsupportedError
 from tilewise.moe import Activation, ExpertGradients, Layout
 from tilewise.torch._library import define, differentiate, refuse_device
 
@@ -113,14 +115,30 @@ differentiate("moe_experts", _setup, _differentiate, operator="moe_experts_backw
 
 
 def _autocast(x: Tensor, gate_up: Tensor, down: Tensor, *biases: Tensor | None) -> tuple[Any, ...]:
-    """The operands in autocast's type, where it is on; as torch does, double precision is left alone."""
+    """The operands in autocast's type, where it is on; as torch does, double precision is left alone,
+    and so are int8 weights."""
     operands = (x, gate_up, down, *biases)
     if not torch.is_autocast_enabled(x.device.type):
         return operands
     dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(
-        tensor.to(dtype) if tensor is not None and tensor.dtype != torch.float64 else tensor for tensor in operands
-    )
+    kept = (torch.float64, torch.int8)
+    return tuple(tensor.to(dtype) if tensor is not None and tensor.dtype not in kept else tensor for tensor in operands)
+
+
+_QUANTISED = _ARGUMENTS.replace(", str activation", ", Tensor? gate_up_scale, Tensor? down_scale, str activation")
+
+
+def _quantised_kernel(x: Tensor, expert_ids: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+    *tensors, gate_up_scale, down_scale, activation, layout, alpha, limit = rest
+    options = _options((*tensors, activation, layout, alpha, limit))
+    return moe.experts(x, expert_ids, weights, **options, gate_up_scale=gate_up_scale, down_scale=down_scale)
+
+
+def _quantised_fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_quantised = define("moe_experts_quantised", f"({_QUANTISED}) -> Tensor", _quantised_kernel, _quantised_fake)
 
 
 def experts(
@@ -135,6 +153,8 @@ def experts(
     layout: Layout = "concatenated",
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
     alpha: float = 1.702,
     limit: float = 7.0,
 ) -> Tensor:
@@ -142,10 +162,11 @@ def experts(
 
     Differentiable by `x`, `weights`, `gate_up`, `down` and both biases; without a gradient nothing is kept.
     Tensors on a GPU go to :func:`tilewise.cuda.moe.experts`. Under autocast, `x`, expert weights and biases are cast
-    to its type; the routing weights stay as they are.
+    to its type; the routing weights stay as they are, and so do int8 weights and their scales. The layer on int8
+    weights is for inference, on the CPU.
 
     Raises:
-        UnsupportedError: on a second derivative.
+        UnsupportedError: on a second derivative; int8 weights where a gradient is asked for.
 
     Example:
         >>> import torch
@@ -155,8 +176,9 @@ def experts(
         >>> up.grad[1].abs().max()
         tensor(0.)
     """
+    int8 = gate_up_scale is not None or down_scale is not None or torch.int8 in (gate_up.dtype, down.dtype)
     refuse_device(
-        cuda=True,
+        cuda=not int8,
         x=x,
         expert_ids=expert_ids,
         weights=weights,
@@ -165,9 +187,19 @@ def experts(
         down=down,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
+        gate_up_scale=gate_up_scale,
+        down_scale=down_scale,
     )
     x, gate_up, down, gate_up_bias, down_bias = _autocast(x, gate_up, down, gate_up_bias, down_bias)
-    differentiable = (x, weights, gate_up, down, gate_up_bias, down_bias)
+    differentiable = (x, weights, gate_up, down, gate_up_bias, down_bias, gate_up_scale, down_scale)
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
     operands = (x, expert_ids, weights, token_ids, gate_up, down, gate_up_bias, down_bias)
-    return _experts(*operands, activation, layout, float(alpha), float(limit), keep)[0]
+    options = (activation, layout, float(alpha), float(limit))
+    if not int8:
+        return _experts(*operands, *options, keep)[0]
+    if keep:
+        raise UnsupportedError(
+            "moe.experts: an argument requires a gradient and the layer on int8 weights has none; dequantise for "
+            "training (gate_up * gate_up_scale[..., None], in the type of x), or call it under torch.no_grad()"
+        )
+    return _quantised(*operands, gate_up_scale, down_scale, *options)

@@ -26,6 +26,8 @@ macro_rules! avx2 {
             #[inline(always)]
             unsafe fn prefetch<T>(address: *const T) { unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) } }
             #[inline(always)]
+            unsafe fn prefetch_once<T>(address: *const T) { unsafe { _mm_prefetch::<_MM_HINT_NTA>(address.cast()) } }
+            #[inline(always)]
             unsafe fn splat(value: $t) -> Self { unsafe { Self($splat(value)) } }
             #[inline(always)]
             unsafe fn add(self, other: Self) -> Self { unsafe { Self($add(self.0, other.0)) } }
@@ -91,6 +93,10 @@ avx2!(
     _mm256_movemask_ps,
     {
         #[inline(always)]
+        unsafe fn load_i8(from: *const i8) -> Self {
+            unsafe { Self(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast())))) }
+        }
+        #[inline(always)]
         unsafe fn exp2_integer_times(self, factor: Self) -> Self {
             // The exponent is added to the factor's bits. Below -127 nothing is left: -127 turns the factor 1 into
             // exactly 0, which is what -inf must give; subnormal results are not built. NaN lanes keep the NaN of
@@ -146,6 +152,12 @@ avx2!(
     _mm256_blendv_pd,
     _mm256_movemask_pd,
     {
+        #[inline(always)]
+        unsafe fn load_i8(from: *const i8) -> Self {
+            unsafe {
+                Self(_mm256_cvtepi32_pd(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(from.cast::<i32>().read_unaligned()))))
+            }
+        }
         #[inline(always)]
         unsafe fn exp2_integer_times(self, factor: Self) -> Self {
             unsafe { self.exp2().mul(factor) }

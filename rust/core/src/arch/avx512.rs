@@ -26,6 +26,8 @@ macro_rules! avx512 {
             #[inline(always)]
             unsafe fn prefetch<T>(address: *const T) { unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) } }
             #[inline(always)]
+            unsafe fn prefetch_once<T>(address: *const T) { unsafe { _mm_prefetch::<_MM_HINT_NTA>(address.cast()) } }
+            #[inline(always)]
             unsafe fn splat(value: $t) -> Self { unsafe { Self($splat(value)) } }
             #[inline(always)]
             unsafe fn add(self, other: Self) -> Self { unsafe { Self($add(self.0, other.0)) } }
@@ -85,6 +87,10 @@ avx512!(
     _mm512_reduce_add_ps,
     {
         #[inline(always)]
+        unsafe fn load_i8(from: *const i8) -> Self {
+            unsafe { Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())))) }
+        }
+        #[inline(always)]
         unsafe fn transpose(rows: &mut [Self; 16]) {
             unsafe {
                 let mut t = [_mm512_setzero_ps(); 16];
@@ -135,6 +141,10 @@ avx512!(
     _mm512_scalef_pd,
     _mm512_reduce_add_pd,
     {
+        #[inline(always)]
+        unsafe fn load_i8(from: *const i8) -> Self {
+            unsafe { Self(_mm512_cvtepi32_pd(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast())))) }
+        }
         #[inline(always)]
         unsafe fn exp2(self) -> Self {
             // Double precision is for correctness: lane by lane through libm, one rounding.

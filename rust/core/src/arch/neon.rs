@@ -83,6 +83,14 @@ neon!(
     vaddvq_f32,
     {
         #[inline(always)]
+        unsafe fn load_i8(from: *const i8) -> Self {
+            unsafe {
+                let wide = vmovl_s8(vld1_s8(from));
+                let half = |part: int16x4_t| vcvtq_f32_s32(vmovl_s16(part));
+                Self(half(vget_low_s16(wide)), half(vget_high_s16(wide)))
+            }
+        }
+        #[inline(always)]
         unsafe fn exp2_integer_times(self, factor: Self) -> Self {
             // Exponent added to the factor's bits; results below the smallest normal number are 0, as on AVX2.
             unsafe fn half(n: float32x4_t, factor: float32x4_t) -> float32x4_t {
@@ -117,6 +125,12 @@ neon!(
     |mask| (vgetq_lane_u64::<0>(mask) | vgetq_lane_u64::<1>(mask)) != 0,
     vaddvq_f64,
     {
+        #[inline(always)]
+        unsafe fn load_i8(from: *const i8) -> Self {
+            // Double precision is for correctness: byte by byte.
+            let lanes: [f64; 4] = std::array::from_fn(|i| unsafe { f64::from(*from.add(i)) });
+            unsafe { Self::load(lanes.as_ptr()) }
+        }
         #[inline(always)]
         unsafe fn exp2_integer_times(self, factor: Self) -> Self {
             unsafe { self.exp2().mul(factor) }

@@ -24,6 +24,11 @@ macro_rules! scalar {
                 unsafe { to.cast::<[$t; $n]>().write_unaligned(self.0) }
             }
             #[inline(always)]
+            unsafe fn load_i8(from: *const i8) -> Self {
+                // SAFETY: N readable bytes (trait contract).
+                Self(unsafe { from.cast::<[i8; $n]>().read_unaligned() }.map(<$t>::from))
+            }
+            #[inline(always)]
             unsafe fn splat(value: $t) -> Self {
                 Self([value; $n])
             }

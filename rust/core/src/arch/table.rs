@@ -7,7 +7,7 @@
 
 use super::kernel::activation::{self, Activation};
 use super::kernel::{pack, pointwise, rows, softmax, tile};
-use super::vector::{Pairs, Plain, Vector, Widen};
+use super::vector::{Both, Bytes, Pairs, Plain, Vector, Widen};
 use super::{Level, level, scalar};
 
 use crate::dtype::{Float, Real};
@@ -25,7 +25,9 @@ pub struct Table<T: Real> {
     tile: unsafe fn(&tile::Args<T, T, T>),
     walk: unsafe fn(&tile::Args<T, T, T>),
     stream: unsafe fn(&tile::Args<T, T, T>),
-    rows: unsafe fn(&rows::Args<T, T>),
+    rows: unsafe fn(&rows::Args<T, T, T>),
+    rows_i8: unsafe fn(&rows::Args<T, i8, T>),
+    widen_i8: unsafe fn(*const i8, *mut T, usize),
     softmax: unsafe fn(&softmax::Args<T>) -> bool,
     pack: unsafe fn(&[*const T], usize, usize, *mut T),
     unpack: unsafe fn(*const T, usize, usize, &[*mut T]),
@@ -45,7 +47,8 @@ pub struct HalfTable {
     tile: unsafe fn(&tile::Args<u32, u32, f32>),
     walk: unsafe fn(&tile::Args<u32, u32, f32>),
     widen: unsafe fn(&tile::Args<f32, u16, f32>),
-    rows: unsafe fn(&rows::Args<u32, f32>),
+    rows: unsafe fn(&rows::Args<u32, u32, f32>),
+    pairs_i8: unsafe fn(*const i8, *mut u32, usize),
     softmax: unsafe fn(&softmax::Args<f32>) -> bool,
     interleave: unsafe fn(*const f32, usize, usize, *mut u32),
     round: unsafe fn(*const f32, *mut u16, usize),
@@ -112,7 +115,12 @@ fn tile_args<A: Copy, B: Copy, T>(
     }
 }
 
-fn rows_args<U: Copy, T>(x: Matrix<'_, U>, w: Matrix<'_, U>, out: &mut [T], out_row: usize) -> rows::Args<U, T> {
+fn rows_args<X: Copy, W: Copy, T>(
+    x: Matrix<'_, X>,
+    w: Matrix<'_, W>,
+    out: &mut [T],
+    out_row: usize,
+) -> rows::Args<X, W, T> {
     assert!(x.cols() == w.cols(), "rows: depths differ");
     assert!(x.cols() <= 1 || (x.col_stride() == 1 && w.col_stride() == 1), "rows: units must be adjacent");
     assert!(
@@ -211,6 +219,19 @@ impl<T: Real> Table<T> {
     pub fn rows(&self, x: Matrix<'_, T>, w: Matrix<'_, T>, out: &mut [T], out_row: usize) {
         // SAFETY: extents checked by `rows_args`; level as above.
         unsafe { (self.rows)(&rows_args(x, w, out, out_row)) }
+    }
+
+    /// As [`rows`](Self::rows), on rows of bytes.
+    pub fn rows_i8(&self, x: Matrix<'_, T>, w: Matrix<'_, i8>, out: &mut [T], out_row: usize) {
+        // SAFETY: extents checked by `rows_args`; level as above.
+        unsafe { (self.rows_i8)(&rows_args(x, w, out, out_row)) }
+    }
+
+    /// Widens a row of bytes.
+    pub fn widen_i8(&self, from: &[i8], to: &mut [T]) {
+        assert_eq!(from.len(), to.len());
+        // SAFETY: extents checked; level as above.
+        unsafe { (self.widen_i8)(from.as_ptr(), to.as_mut_ptr(), from.len()) }
     }
 
     /// One block of the online softmax; P overwrites the scores. Returns whether `state.alpha` is not all one.
@@ -366,6 +387,13 @@ impl HalfTable {
     pub fn rows(&self, x: Matrix<'_, u32>, w: Matrix<'_, u32>, out: &mut [f32], out_row: usize) {
         // SAFETY: extents checked by `rows_args`; level as in `Table`.
         unsafe { (self.rows)(&rows_args(x, w, out, out_row)) }
+    }
+
+    /// A row of bytes as bfloat16 pairs (exact); an odd last one is paired with zero.
+    pub fn pairs_i8(&self, from: &[i8], to: &mut [u32]) {
+        assert_eq!(from.len().div_ceil(2), to.len());
+        // SAFETY: extents checked; level as in `Table`.
+        unsafe { (self.pairs_i8)(from.as_ptr(), to.as_mut_ptr(), from.len()) }
     }
 
     /// As [`Table::softmax`]; P goes to `pairs` (pairs of keys), the scores stay.
@@ -536,9 +564,19 @@ macro_rules! table {
                 unsafe { tile::tile::<Plain<V>, $m1, $m2, $m3, AHEAD, false>(args) }
             }
             $(#[$gate])*
-            unsafe fn rows_entry(args: &rows::Args<$t, $t>) {
+            unsafe fn rows_entry(args: &rows::Args<$t, $t, $t>) {
                 // SAFETY: as above.
-                unsafe { rows::rows::<Plain<V>, $t>(args) }
+                unsafe { rows::rows::<Both<Plain<V>>>(args) }
+            }
+            $(#[$gate])*
+            unsafe fn rows_i8_entry(args: &rows::Args<$t, i8, $t>) {
+                // SAFETY: as above.
+                unsafe { rows::rows::<Bytes<V>>(args) }
+            }
+            $(#[$gate])*
+            unsafe fn widen_i8_entry(from: *const i8, to: *mut $t, count: usize) {
+                // SAFETY: as above.
+                unsafe { pointwise::widen_i8::<V>(from, to, count) }
             }
             $(#[$gate])*
             unsafe fn softmax_entry(args: &softmax::Args<$t>) -> bool {
@@ -599,6 +637,8 @@ macro_rules! table {
                 walk: walk_entry,
                 stream: stream_entry,
                 rows: rows_entry,
+                rows_i8: rows_i8_entry,
+                widen_i8: widen_i8_entry,
                 softmax: softmax_entry,
                 pack: pack_entry,
                 unpack: unpack_entry,
@@ -633,9 +673,14 @@ macro_rules! half_table {
                 unsafe { tile::tile::<Widen<V>, $m1, $m2, $m3, AHEAD, false>(args) }
             }
             $(#[$gate])*
-            unsafe fn rows_entry(args: &rows::Args<u32, f32>) {
+            unsafe fn rows_entry(args: &rows::Args<u32, u32, f32>) {
                 // SAFETY: as above.
-                unsafe { rows::rows::<$dot, u32>(args) }
+                unsafe { rows::rows::<Both<$dot>>(args) }
+            }
+            $(#[$gate])*
+            unsafe fn pairs_i8_entry(from: *const i8, to: *mut u32, count: usize) {
+                // SAFETY: as above.
+                unsafe { pointwise::pairs_i8::<V>(from, to, count) }
             }
             $(#[$gate])*
             unsafe fn softmax_entry(args: &softmax::Args<f32>) -> bool {
@@ -684,6 +729,7 @@ macro_rules! half_table {
                 walk: walk_entry,
                 widen: widen_entry,
                 rows: rows_entry,
+                pairs_i8: pairs_i8_entry,
                 softmax: softmax_entry,
                 interleave: interleave_entry,
             };

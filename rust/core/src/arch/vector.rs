@@ -19,6 +19,8 @@ pub(crate) unsafe trait Vector: Copy {
 
     unsafe fn load(from: *const Self::Elem) -> Self;
     unsafe fn store(self, to: *mut Self::Elem);
+    /// `LANES` bytes, widened (exact).
+    unsafe fn load_i8(from: *const i8) -> Self;
     unsafe fn splat(value: Self::Elem) -> Self;
     unsafe fn add(self, other: Self) -> Self;
     unsafe fn sub(self, other: Self) -> Self;
@@ -53,6 +55,9 @@ pub(crate) unsafe trait Vector: Copy {
     /// Asks for the cache line at an address, which may be anything. A hint: the default does nothing.
     #[inline(always)]
     unsafe fn prefetch<T>(_address: *const T) {}
+    /// As [`prefetch`](Self::prefetch), for what is read once: it need not displace anything from the larger caches.
+    #[inline(always)]
+    unsafe fn prefetch_once<T>(_address: *const T) {}
     /// The sums of sixteen registers, each over its lanes, in a fixed order.
     #[inline(always)]
     unsafe fn sum_each(registers: &mut [Self; 16]) -> [Self::Elem; 16] {
@@ -231,6 +236,83 @@ unsafe impl<V: Half> Dot for Pairs<V> {
     unsafe fn fma(a: (V, V), b: (V, V), acc: V) -> V {
         // SAFETY: lane arithmetic. Low before high on every level, as the dot-product unit does.
         unsafe { a.1.mul_add(b.1, a.0.mul_add(b.0, acc)) }
+    }
+}
+
+/// A way to multiply lanes of two rows that run along the reduction; see [`rows`](super::kernel::rows).
+///
+/// # Safety
+/// As for [`Vector`].
+pub(crate) unsafe trait Along {
+    /// The accumulator register.
+    type V: Vector;
+    /// Unit of the rows that are read again and again.
+    type X: Copy + Default;
+    /// Unit of the rows that come from memory, each once.
+    type W: Copy + Default;
+    /// A register of X.
+    type XReg: Copy;
+    /// A register of W.
+    type WReg: Copy;
+
+    unsafe fn load_x(from: *const Self::X) -> Self::XReg;
+    unsafe fn load_w(from: *const Self::W) -> Self::WReg;
+    unsafe fn fma(x: Self::XReg, w: Self::WReg, acc: Self::V) -> Self::V;
+}
+
+/// Both rows hold the units of `D`.
+pub(crate) struct Both<D>(std::marker::PhantomData<D>);
+
+// SAFETY: forwards to the units' own operations.
+unsafe impl<U: Copy + Default, D: Dot<A = U, B = U, BReg = <D as Dot>::AReg>> Along for Both<D> {
+    type V = D::V;
+    type X = U;
+    type W = U;
+    type XReg = D::BReg;
+    type WReg = D::BReg;
+
+    #[inline(always)]
+    unsafe fn load_x(from: *const U) -> D::BReg {
+        // SAFETY: forwarded.
+        unsafe { D::load_b(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_w(from: *const U) -> D::BReg {
+        // SAFETY: forwarded.
+        unsafe { D::load_b(from) }
+    }
+    #[inline(always)]
+    unsafe fn fma(x: D::BReg, w: D::BReg, acc: D::V) -> D::V {
+        // SAFETY: lane arithmetic.
+        unsafe { D::fma(x, w, acc) }
+    }
+}
+
+/// W holds bytes, widened on load; X lanes of the accumulator's type.
+pub(crate) struct Bytes<V>(std::marker::PhantomData<V>);
+
+// SAFETY: forwards to the vector's own operations.
+unsafe impl<V: Vector> Along for Bytes<V> {
+    type V = V;
+    type X = V::Elem;
+    type W = i8;
+    type XReg = V;
+    type WReg = V;
+
+    #[inline(always)]
+    unsafe fn load_x(from: *const V::Elem) -> V {
+        // SAFETY: forwarded.
+        unsafe { V::load(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_w(from: *const i8) -> V {
+        // SAFETY: forwarded.
+        unsafe { V::load_i8(from) }
+    }
+    #[inline(always)]
+    unsafe fn fma(x: V, w: V, acc: V) -> V {
+        // SAFETY: lane arithmetic.
+        unsafe { x.mul_add(w, acc) }
     }
 }
 

@@ -23,6 +23,8 @@ pub trait Arithmetic: Round + Float<Acc: Kernel> {
 
     /// Copies a line of elements into units; what is past its end becomes zero.
     fn copy(line: Matrix<'_, Self>, units: &mut [Self::Unit]);
+    /// As [`copy`](Self::copy), of bytes, which every unit holds exactly.
+    fn copy_i8(line: Matrix<'_, i8>, units: &mut [Self::Unit]);
     /// The same memory as units, where the layout allows.
     fn borrow(matrix: Matrix<'_, Self>) -> Option<Matrix<'_, Self::Unit>>;
     /// Lines into a panel; see [`Table::pack`](crate::arch::Table::pack).
@@ -98,6 +100,13 @@ macro_rules! plain {
                     None => copy_line(line, units, |x| x),
                 }
             }
+            fn copy_i8(line: Matrix<'_, i8>, units: &mut [$t]) {
+                match line.row(0) {
+                    Some(row) => <$t>::table().widen_i8(row, &mut units[..row.len()]),
+                    None => (0..line.cols()).for_each(|k| units[k] = <$t>::from(line.at(0, k))),
+                }
+                units[line.cols()..].fill(0.0);
+            }
             fn borrow(matrix: Matrix<'_, $t>) -> Option<Matrix<'_, $t>> {
                 Some(matrix)
             }
@@ -169,6 +178,9 @@ impl Arithmetic for f16 {
         } else {
             copy_line(line, units, f16::to_f32);
         }
+    }
+    fn copy_i8(line: Matrix<'_, i8>, units: &mut [f32]) {
+        f32::copy_i8(line, units);
     }
     fn borrow(_: Matrix<'_, f16>) -> Option<Matrix<'_, f32>> {
         None
@@ -246,6 +258,15 @@ impl Arithmetic for bf16 {
             units[whole] = pair(line.at(0, line.cols() - 1), bf16::ZERO);
         }
         units[line.cols().div_ceil(2)..].fill(0);
+    }
+    fn copy_i8(line: Matrix<'_, i8>, units: &mut [u32]) {
+        let depth = line.cols();
+        let bits = |k: usize| if k < depth { f32::from(line.at(0, k)).to_bits() >> 16 } else { 0 };
+        match line.row(0) {
+            Some(row) => half_table().pairs_i8(row, &mut units[..depth.div_ceil(2)]),
+            None => (0..depth.div_ceil(2)).for_each(|k| units[k] = bits(2 * k) | (bits(2 * k + 1) << 16)),
+        }
+        units[depth.div_ceil(2)..].fill(0);
     }
     fn borrow(matrix: Matrix<'_, bf16>) -> Option<Matrix<'_, u32>> {
         matrix.pairs()

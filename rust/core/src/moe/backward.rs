@@ -62,6 +62,7 @@ pub struct Gradients<'a> {
 pub fn backward(inputs: Inputs<'_>, gradients: Gradients<'_>) -> Result<()> {
     let Inputs { grad, x, pairs, weights, pre_activation } = inputs;
     let layer = Layer::new(x, &pairs, weights)?;
+    layer.refuse_int8()?;
     let x = &layer.x;
     for (name, array, shape) in [
         ("grad", &grad, [layer.tokens(), layer.width]),

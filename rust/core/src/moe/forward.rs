@@ -42,6 +42,9 @@ pub fn forward(
     if out.shape() != x.shape() || out.dtype() != x.dtype() {
         return Err(Error::shape("out", format!("{:?} of {}, as x", x.shape(), x.dtype()), out.shape()));
     }
+    if pre_activation.is_some() {
+        layer.refuse_int8()?;
+    }
     let shape = [layer.routing.rows.len(), layer.halves() * layer.hidden];
     if let Some(array) = &pre_activation
         && (array.shape() != shape || array.dtype() != x.dtype())
@@ -89,6 +92,11 @@ fn products<S: Arithmetic>(layer: &Layer<'_>, sums: &mut [S::Acc], pre: Option<&
     let hidden_rows = if few.is_empty() { 0 } else { count };
     let mut hidden = vec![S::narrow(S::Acc::ZERO); hidden_rows * layer.hidden];
     let serial = layer.work() <= SERIAL_WORK;
+    // The expert after task `task`, where it is the last of its own.
+    let next = |task: usize, segments: usize| {
+        let last = (task + 1).is_multiple_of(segments);
+        few.get((task + 1) / segments).filter(|_| last).copied()
+    };
     {
         let hidden = ArrayMut::from_slice(&mut hidden, &[hidden_rows, layer.hidden])?.segments::<S>(lines::SEGMENT);
         let first = many.len();
@@ -103,7 +111,15 @@ fn products<S: Arithmetic>(layer: &Layer<'_>, sums: &mut [S::Acc], pre: Option<&
                     panels::run(layer, *expert, rows.clone(), wide, pre, &sums);
                 } else {
                     let task = task - first;
-                    lines::first_product(layer, few[task / segments], task % segments, thin, pre, &hidden);
+                    lines::first_product(
+                        layer,
+                        few[task / segments],
+                        next(task, segments),
+                        task % segments,
+                        thin,
+                        pre,
+                        &hidden,
+                    );
                 }
             },
         )?;
@@ -111,6 +127,6 @@ fn products<S: Arithmetic>(layer: &Layer<'_>, sums: &mut [S::Acc], pre: Option<&
     let hidden = Matrix::new(&hidden, hidden_rows, layer.hidden, layer.hidden);
     let segments = layer.width.div_ceil(lines::SEGMENT);
     threads::for_each(few.len() * segments, serial, lines::Scratch::<S>::default, |task, thin| {
-        lines::second_product(layer, few[task / segments], task % segments, hidden, thin, &sums);
+        lines::second_product(layer, few[task / segments], next(task, segments), task % segments, hidden, thin, &sums);
     })
 }

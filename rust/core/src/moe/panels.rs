@@ -10,10 +10,12 @@
 //! Departures: (1) the gather is the packing of the panel, tokens are never copied otherwise; (2) lanes are tokens in
 //! both products, so the activation's output *is* the second product's panel: no transposition, no store to memory in
 //! between; (3) weights are streamed once per block of up to [`ROWS`] tokens, asked for a
-//! block ahead while the one before is multiplied; rows that cannot be read in place are copied compactly.
+//! block ahead while the one before is multiplied; rows that cannot be read in place (bytes among them) are copied
+//! compactly, as units.
 
 use super::lines;
 use super::problem::Layer;
+use super::weight::{Scale, Weight};
 use crate::arch::{Ahead, Kernel};
 use crate::dtype::Real;
 use crate::gemm::accumulate;
@@ -90,33 +92,33 @@ pub fn run<S: Arithmetic>(
         pack::panel(&gathered, 0, count, width, lines, &mut tokens[p * full * depth..][..width * depth]);
     }
     let table = S::Acc::table();
-    let down = layer.weights.down.matrix::<S>(&[expert]);
-    let matrix = layer.weights.gate_up.matrix::<S>(&[expert]);
+    let down = Weight::<S>::of(&layer.weights.down, expert);
+    let weight = Weight::<S>::of(&layer.weights.gate_up, expert);
+    let scale = Scale::of(layer.weights.gate_up_scale.as_ref(), expert);
     let stride = line_stride(depth);
     for first in (0..layer.hidden).step_by(FEATURES) {
         let count = FEATURES.min(layer.hidden - first);
         let (gates, ups) = layer.feature_rows(first, count);
         let all: Vec<usize> = gates.iter().chain(&ups).copied().collect();
-        let (gate_lines, up_lines) =
-            in_place::<S>(matrix, &gates).zip(in_place::<S>(matrix, &ups)).unwrap_or_else(|| {
-                pack::compact(&Lines::gathered(matrix, &all), 0, all.len(), stride, weights);
-                let copied = Matrix::new(weights, all.len(), depth, stride);
-                (copied.part(0..count, 0..depth), copied.part(count..all.len(), 0..depth))
-            });
+        let (gate_lines, up_lines) = weight.in_place(&gates).zip(weight.in_place(&ups)).unwrap_or_else(|| {
+            weight.compact(&all, stride, weights);
+            let copied = Matrix::new(weights, all.len(), depth, stride);
+            (copied.part(0..count, 0..depth), copied.part(count..all.len(), 0..depth))
+        });
         let following = first + FEATURES..layer.hidden.min(first + 2 * FEATURES).max(first + FEATURES);
         if following.is_empty() {
-            ahead.set((0..FEATURES.min(layer.width)).filter_map(|row| down.row(row)));
+            down.ask(0..FEATURES.min(layer.width), ahead);
         } else {
             let (gates, ups) = layer.feature_rows(following.start, following.len());
-            ahead.set(gates.into_iter().chain(ups).filter_map(|row| matrix.row(row)));
+            weight.ask(gates.into_iter().chain(ups), ahead);
         }
         for (p, &(row, tokens_in, width)) in panels.iter().enumerate() {
             let panel = Matrix::new(&tokens[p * full * depth..][..depth * width], depth, width, width);
             accumulate::<S>(gate_lines, panel, gate, width, ahead);
-            add_bias(gate, &gates, width, |row| layer.gate_up_bias::<S>(expert, row));
+            finish(gate, &gates, width, scale, |row| layer.gate_up_bias::<S>(expert, row));
             if !ups.is_empty() {
                 accumulate::<S>(up_lines, panel, up, width, ahead);
-                add_bias(up, &ups, width, |row| layer.gate_up_bias::<S>(expert, row));
+                finish(up, &ups, width, scale, |row| layer.gate_up_bias::<S>(expert, row));
             }
             if let Some(pre) = pre {
                 for (half, block) in [&*gate, &*up].into_iter().enumerate().take(layer.halves()) {
@@ -130,7 +132,7 @@ pub fn run<S: Arithmetic>(
             S::seal(gate, count, width, &mut active[p * full * hidden + first / S::PER_UNIT * width..]);
         }
     }
-    let matrix = down;
+    let scale = Scale::of(layer.weights.down_scale.as_ref(), expert);
     let stride = line_stride(hidden);
     for first in (0..layer.width).step_by(lines::SEGMENT) {
         let segment = lines::SEGMENT.min(layer.width - first);
@@ -139,16 +141,16 @@ pub fn run<S: Arithmetic>(
         for start in (0..segment).step_by(FEATURES) {
             let count = FEATURES.min(segment - start);
             let outputs: Vec<usize> = (first + start..first + start + count).collect();
-            let down_lines = in_place::<S>(matrix, &outputs).unwrap_or_else(|| {
-                pack::compact(&Lines::all(matrix), first + start, count, stride, weights);
+            let down_lines = down.in_place(&outputs).unwrap_or_else(|| {
+                down.compact(&outputs, stride, weights);
                 Matrix::new(weights, count, hidden, stride)
             });
             let next = first + start + count;
-            ahead.set((next..layer.width.min(next + FEATURES)).filter_map(|row| matrix.row(row)));
+            down.ask(next..layer.width.min(next + FEATURES), ahead);
             for (p, &(row, tokens, width)) in panels.iter().enumerate() {
                 let panel = Matrix::new(&active[p * full * hidden..][..hidden * width], hidden, width, width);
                 accumulate::<S>(down_lines, panel, gate, width, ahead);
-                add_bias(gate, &outputs, width, |output| layer.down_bias::<S>(expert, output));
+                finish(gate, &outputs, width, scale, |output| layer.down_bias::<S>(expert, output));
                 let place = row - rows.start;
                 let mut parts: Vec<&mut [S::Acc]> =
                     targets[place..place + tokens].iter_mut().map(|target| &mut target[start..start + count]).collect();
@@ -158,22 +160,16 @@ pub fn run<S: Arithmetic>(
     }
 }
 
-/// Rows of a matrix that lie evenly apart, as units where they are: most weights. (Rows a multiple of 4 KiB apart share
-/// a set of the first-level cache; the dozen that are read side by side fit its ways, and copying them costs more.)
-fn in_place<'a, S: Arithmetic>(matrix: Matrix<'a, S>, rows: &[usize]) -> Option<Matrix<'a, S::Unit>> {
-    let step = rows.get(1).map_or(1, |second| second - rows[0]);
-    let first = rows.first().copied().unwrap_or(0);
-    S::borrow(matrix.every(first, rows.len(), step)).filter(|lines| lines.col_stride() == 1 || lines.cols() <= 1)
-}
-
 fn grow<U: Copy + Default>(buffer: &mut Vec<U>, len: usize) {
     if buffer.len() < len {
         buffer.resize(len, U::default());
     }
 }
 
-fn add_bias<T: Real>(block: &mut [T], rows: &[usize], width: usize, bias: impl Fn(usize) -> T) {
+/// Scales, then biases.
+fn finish<T: Real>(block: &mut [T], rows: &[usize], width: usize, scale: Scale<'_>, bias: impl Fn(usize) -> T) {
     for (line, &row) in block.chunks_mut(width).zip(rows) {
+        scale.apply_all(row, line);
         let bias = bias(row);
         if bias != T::ZERO {
             for value in line {

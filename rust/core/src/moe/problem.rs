@@ -16,13 +16,17 @@ pub enum Layout {
     Interleaved,
 }
 
-/// Weights of a layer; any strides.
+/// Weights of a layer; any strides. `gate_up` and `down` are of x's type, or int8 with a scale for each row.
 #[derive(Debug, Clone)]
 pub struct Weights<'a> {
     /// [experts, 2n (n for a plain activation), d]
     pub gate_up: Array<'a>,
     /// [experts, d, n]
     pub down: Array<'a>,
+    /// [experts, 2n or n] float32: a row of int8 `gate_up` times this is the weight.
+    pub gate_up_scale: Option<Array<'a>>,
+    /// [experts, d] float32, for an int8 `down`.
+    pub down_scale: Option<Array<'a>>,
     /// [experts, 2n or n]
     pub gate_up_bias: Option<Array<'a>>,
     /// [experts, d]
@@ -92,6 +96,20 @@ impl<'a> Layer<'a> {
     pub fn feature_rows(&self, first: usize, count: usize) -> (Vec<usize>, Vec<usize>) {
         let of = |half: usize| (first..first + count).map(|j| self.feature_row(half, j)).collect();
         (of(0), if self.halves() == 2 { of(1) } else { Vec::new() })
+    }
+
+    /// For what needs weights that it can differentiate by.
+    ///
+    /// # Errors
+    /// int8 weights, by name.
+    pub fn refuse_int8(&self) -> Result<()> {
+        for (name, array) in [("gate_up", &self.weights.gate_up), ("down", &self.weights.down)] {
+            if array.dtype() == Dtype::I8 {
+                let allowed = format!("{}, as x: int8 weights are for inference", self.x.dtype());
+                return Err(Error::dtype(name, allowed, Dtype::I8).hint("dequantise for training"));
+            }
+        }
+        Ok(())
     }
 
     /// Bias of one row of the first product; 0 without biases.
@@ -191,7 +209,7 @@ fn group(pairs: &Pairs<'_>, tokens: usize, experts: usize) -> Result<Routing> {
 
 /// (d, n)
 fn check(x: &Array<'_>, weights: &Weights<'_>) -> Result<(usize, usize)> {
-    let Weights { gate_up, down, gate_up_bias, down_bias, activation, .. } = weights;
+    let Weights { gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias, activation, .. } = weights;
     if x.shape().len() != 2 {
         return Err(Error::shape("x", "rank 2 [tokens, width]", x.shape()).hint("flatten batch and sequence"));
     }
@@ -218,15 +236,20 @@ fn check(x: &Array<'_>, weights: &Weights<'_>) -> Result<(usize, usize)> {
             down.shape(),
         ));
     }
-    for (name, bias, shape) in
-        [("gate_up_bias", gate_up_bias, [experts, features]), ("down_bias", down_bias, [experts, width])]
-    {
-        if let Some(bias) = bias
-            && bias.shape() != shape
+    for (name, vectors, shape) in [
+        ("gate_up_bias", gate_up_bias, [experts, features]),
+        ("down_bias", down_bias, [experts, width]),
+        ("gate_up_scale", gate_up_scale, [experts, features]),
+        ("down_scale", down_scale, [experts, width]),
+    ] {
+        if let Some(vectors) = vectors
+            && vectors.shape() != shape
         {
-            return Err(Error::shape(name, format!("{shape:?}"), bias.shape()));
+            return Err(Error::shape(name, format!("{shape:?}"), vectors.shape()));
         }
     }
+    check_scale(("gate_up", gate_up), ("gate_up_scale", gate_up_scale.as_ref()), x.dtype())?;
+    check_scale(("down", down), ("down_scale", down_scale.as_ref()), x.dtype())?;
     let others = [
         ("gate_up", Some(gate_up)),
         ("down", Some(down)),
@@ -236,9 +259,27 @@ fn check(x: &Array<'_>, weights: &Weights<'_>) -> Result<(usize, usize)> {
     for (name, array) in others {
         if let Some(array) = array
             && array.dtype() != x.dtype()
+            && (array.dtype() != Dtype::I8 || name.ends_with("bias"))
         {
             return Err(Error::dtype(name, format!("{}, as x", x.dtype()), array.dtype()).hint("convert one of them"));
         }
     }
     Ok((width, hidden))
+}
+
+/// A scale comes with an int8 weight and with no other.
+fn check_scale(
+    (name, weight): (&str, &Array<'_>),
+    (scale_name, scale): (&str, Option<&Array<'_>>),
+    other: Dtype,
+) -> Result<()> {
+    match (weight.dtype() == Dtype::I8, scale) {
+        (true, None) => {
+            let error = Error::dtype(name, format!("{other}, as x, where there is no {scale_name}"), Dtype::I8);
+            Err(error.hint(format!("pass the {scale_name} that quantise_experts gave")))
+        }
+        (false, Some(_)) => Err(Error::dtype(name, format!("int8, as {scale_name} was given"), weight.dtype())),
+        (true, Some(scale)) if scale.dtype() != Dtype::F32 => Err(Error::dtype(scale_name, "float32", scale.dtype())),
+        _ => Ok(()),
+    }
 }

@@ -21,6 +21,8 @@ fn check<S: Arithmetic>([tokens, d, n, experts, slots]: [usize; 5], layout: Layo
     let weights = Weights {
         gate_up: Array::from_slice(&up, &[experts, 2 * n, d]).unwrap(),
         down: Array::from_slice(&down, &[experts, d, n]).unwrap(),
+        gate_up_scale: None,
+        down_scale: None,
         gate_up_bias: None,
         down_bias: None,
         layout,
@@ -96,6 +98,8 @@ fn gradients_match_differences_at_every_level() {
         let weights = Weights {
             gate_up: view(&p[2], &[experts, 2 * n, d]),
             down: view(&p[3], &[experts, d, n]),
+            gate_up_scale: None,
+            down_scale: None,
             gate_up_bias: None,
             down_bias: None,
             layout: Layout::Interleaved,

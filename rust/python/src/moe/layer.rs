@@ -19,19 +19,21 @@ struct Operands<'py> {
     down: Held<'py>,
     gate_up_bias: Option<Held<'py>>,
     down_bias: Option<Held<'py>>,
+    gate_up_scale: Option<Held<'py>>,
+    down_scale: Option<Held<'py>>,
     activation: Activation,
     layout: Layout,
 }
 
 impl<'py> Operands<'py> {
-    /// From the arguments (x, expert_ids, weights, token_ids, gate_up, down, gate_up_bias, down_bias) and
-    /// (activation, alpha, limit, layout).
+    /// From the arguments (x, expert_ids, weights, token_ids, gate_up, down, gate_up_bias, down_bias, gate_up_scale,
+    /// down_scale) and (activation, alpha, limit, layout).
     fn take(
         py: Python<'py>,
-        arrays: &[Option<Bound<'py, PyAny>>; 8],
+        arrays: &[Option<Bound<'py, PyAny>>; 10],
         (activation, alpha, limit, layout): &(String, f64, f64, String),
     ) -> PyResult<Self> {
-        let [x, ids, scores, token_ids, gate_up, down, gate_up_bias, down_bias] = arrays;
+        let [x, ids, scores, token_ids, gate_up, down, gate_up_bias, down_bias, gate_up_scale, down_scale] = arrays;
         let required = |name: &'static str, array: &Option<Bound<'py, PyAny>>| match array {
             Some(array) => hold(name, array),
             None => Err(unknown(py, name, "an array", "None")),
@@ -45,6 +47,8 @@ impl<'py> Operands<'py> {
             down: required("down", down)?,
             gate_up_bias: hold_optional("gate_up_bias", gate_up_bias.as_ref())?,
             down_bias: hold_optional("down_bias", down_bias.as_ref())?,
+            gate_up_scale: hold_optional("gate_up_scale", gate_up_scale.as_ref())?,
+            down_scale: hold_optional("down_scale", down_scale.as_ref())?,
             activation: named(py, activation, *alpha, *limit)?,
             layout: match layout.as_str() {
                 "concatenated" => Layout::Concatenated,
@@ -63,6 +67,8 @@ impl<'py> Operands<'py> {
         Ok(Weights {
             gate_up: self.gate_up.array()?,
             down: self.down.array()?,
+            gate_up_scale: self.gate_up_scale.as_ref().map(|scale| scale.array()).transpose()?,
+            down_scale: self.down_scale.as_ref().map(|scale| scale.array()).transpose()?,
             gate_up_bias: self.gate_up_bias.as_ref().map(|bias| bias.array()).transpose()?,
             down_bias: self.down_bias.as_ref().map(|bias| bias.array()).transpose()?,
             layout: self.layout,
@@ -94,7 +100,7 @@ fn named(py: Python<'_>, activation: &str, alpha: f64, limit: f64) -> PyResult<A
 #[pyfunction]
 fn experts<'py>(
     py: Python<'py>,
-    arrays: [Option<Bound<'py, PyAny>>; 8],
+    arrays: [Option<Bound<'py, PyAny>>; 10],
     options: (String, f64, f64, String),
     out: &Bound<'py, PyAny>,
     pre_activation: Option<&Bound<'py, PyAny>>,
@@ -112,7 +118,7 @@ fn experts_backward<'py>(
     py: Python<'py>,
     grad: &Bound<'py, PyAny>,
     pre_activation: &Bound<'py, PyAny>,
-    arrays: [Option<Bound<'py, PyAny>>; 8],
+    arrays: [Option<Bound<'py, PyAny>>; 10],
     options: (String, f64, f64, String),
     outputs: [Option<Bound<'py, PyAny>>; 6],
 ) -> PyResult<()> {
@@ -140,7 +146,22 @@ fn experts_backward<'py>(
     enter(py, || backward::backward(inputs, gradients))
 }
 
+/// A weight [experts, rows, columns] as bytes and scales.
+#[pyfunction]
+fn quantise<'py>(
+    py: Python<'py>,
+    name: &str,
+    weight: &Bound<'py, PyAny>,
+    bytes: &Bound<'py, PyAny>,
+    scale: &Bound<'py, PyAny>,
+) -> PyResult<()> {
+    let (weight, mut bytes, mut scale) = (hold("weight", weight)?, hold("bytes", bytes)?, hold("scale", scale)?);
+    let (weight, bytes, scale) = (weight.array()?, bytes.array_mut()?, scale.array_mut()?);
+    enter(py, || tilewise_core::moe::quantise::quantise(name, &weight, bytes, scale))
+}
+
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(experts, module)?)?;
-    module.add_function(wrap_pyfunction!(experts_backward, module)?)
+    module.add_function(wrap_pyfunction!(experts_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(quantise, module)?)
 }

@@ -88,6 +88,50 @@ pub(crate) unsafe fn widen<V: Half>(from: *const u16, to: *mut f32, count: usize
     }
 }
 
+/// Widens `count` bytes.
+///
+/// # Safety
+/// Both pointers hold `count` elements.
+#[inline(always)]
+pub(crate) unsafe fn widen_i8<V: Vector>(from: *const i8, to: *mut V::Elem, count: usize) {
+    // SAFETY: inside both rows.
+    unsafe {
+        let whole = count / V::LANES * V::LANES;
+        let mut i = 0;
+        while i < whole {
+            V::load_i8(from.add(i)).store(to.add(i));
+            i += V::LANES;
+        }
+        while i < count {
+            to.add(i).write(V::Elem::of(f64::from(*from.add(i))));
+            i += 1;
+        }
+    }
+}
+
+/// `count` bytes as bfloat16 pairs (eight bits of significand hold them exactly); an odd last one is paired with zero.
+///
+/// # Safety
+/// `from` holds `count` elements, `to` half as many, rounded up.
+#[inline(always)]
+pub(crate) unsafe fn pairs_i8<V: Half>(from: *const i8, to: *mut u32, count: usize) {
+    // SAFETY: inside both rows.
+    unsafe {
+        let mut i = 0;
+        // Elements in order are pairs in order where the low half comes first.
+        while cfg!(target_endian = "little") && i + 2 * V::LANES <= count {
+            let (first, second) = (V::load_i8(from.add(i)), V::load_i8(from.add(i + V::LANES)));
+            V::store_bf16_two(first, second, to.cast::<u16>().add(i));
+            i += 2 * V::LANES;
+        }
+        while i < count {
+            let bits = |at: usize| if at < count { f32::from(*from.add(at)).to_bits() >> 16 } else { 0 };
+            to.add(i / 2).write(bits(i) | (bits(i + 1) << 16));
+            i += 2;
+        }
+    }
+}
+
 /// `row[lane] *= factor[lane]` for every row of a lane-major block.
 ///
 /// # Safety
