@@ -61,7 +61,7 @@ def truth(arrays: dict[str, Any], **options: Any) -> np.ndarray:
 def plain(arrays: dict[str, Any], activation: str = "swiglu", layout: str = "concatenated") -> np.ndarray:
     """Token by token on dequantised weights, every intermediate rounded to the type of x."""
     kind = getattr(torch, np.dtype(arrays["x"].dtype).name)
-    t = {
+    t: dict[str, Any] = {
         name: None if value is None else torch.from_numpy(value).to(kind)
         for name, value in dequantised(arrays).items()
         if name not in ("expert_ids", "weights")
@@ -98,9 +98,9 @@ def assert_close(out: Any, want: np.ndarray, loop: np.ndarray) -> None:
         (40, 5, 100, 30, 7),
     ],
 )
-def test_layer_equals_the_reference_on_dequantised_weights(isa: str, dtype: Any, shape: tuple[int, ...]) -> None:
+def test_layer_equals_the_reference_on_dequantised_weights(isa: str, dtype: Any, shape: Any) -> None:
     for layout in ("concatenated", "interleaved"):
-        arrays = problem(*shape, dtype, bias=layout == "interleaved")
+        arrays = problem(*shape, dtype=dtype, bias=layout == "interleaved")
         out = experts(**arrays, layout=layout)
         assert out.dtype == dtype
         assert_close(out, truth(arrays, layout=layout), plain(arrays, "swiglu", layout))
