@@ -104,7 +104,7 @@ def memory_reader(threads: int, megabytes: int = 256) -> tuple[Callable[[], Any]
     Example:
         >>> read, size = memory_reader(1, megabytes=1)
         >>> read(), size
-        ([np.int32(1)], 1048576.0)
+        ([np.float32(262144.0)], 1048576.0)
     """
     values = np.ones(megabytes * 2**20 // 4, np.float32)
     parts = np.array_split(values, threads)
