@@ -154,6 +154,18 @@ def test_layout_in_memory_does_not_change_the_value(isa: str, tokens: int) -> No
         assert np.array_equal(experts(**transposed), expected)
 
 
+@pytest.mark.parametrize("shape", [(40, 17, 1, 2, 1), (40, 1, 3, 2, 1), (3, 33, 50, 2, 1), (50, 300, 97, 2, 2)])
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+def test_weights_stored_the_other_way_round_give_the_same_bits(isa: str, shape: Any, activation: str) -> None:
+    """As gpt-oss stores them: [experts, d, 2n] and [experts, n, d], passed as transposed views."""
+    for dtype in DTYPES:
+        arrays = problem(*shape, dtype, gated=ACTIVATIONS[activation])
+        turned = {name: arrays[name].swapaxes(1, 2).copy().swapaxes(1, 2) for name in ("gate_up", "down")}
+        for layout in ("concatenated", "interleaved"):
+            options = {"activation": activation, "layout": layout}
+            assert np.array_equal(experts(**{**arrays, **turned}, **options), experts(**arrays, **options))
+
+
 def test_relabelling_and_threads() -> None:
     arrays = problem(90, 32, 24, 6, 3, np.float32)
     expected = experts(**arrays)

@@ -451,6 +451,18 @@ impl HalfTable {
         unsafe { (self.unpack)(block.as_ptr(), count, width, &pointers[..rows.len()]) }
     }
 
+    /// As [`Table::unpack`], on bfloat16 pairs: a move of 32-bit units, whatever they mean.
+    pub fn turn(&self, block: &[u32], count: usize, width: usize, rows: &mut [&mut [u32]]) {
+        assert!(rows.len() <= width && width.is_multiple_of(self.lanes) && count * width <= block.len());
+        let mut pointers = [std::ptr::null_mut::<f32>(); 64];
+        for (slot, row) in pointers.iter_mut().zip(rows.iter_mut()) {
+            assert!(row.len() >= count, "turn: row too short");
+            *slot = row.as_mut_ptr().cast();
+        }
+        // SAFETY: as in `Table::unpack`; f32 and u32 have one size, and moving bits does not look at their meaning.
+        unsafe { (f32::table().unpack)(block.as_ptr().cast(), count, width, &pointers[..rows.len()]) }
+    }
+
     /// As [`Table::stack`], for two rows at once: unit c is the pair (`low[c]`, `high[c]`), or (`low[c]`, 0).
     pub fn stack(&self, low: &[half::bf16], high: Option<&[half::bf16]>, width: usize, step: usize, out: &mut [u32]) {
         assert!(high.is_none_or(|high| high.len() == low.len()), "stack: rows differ");

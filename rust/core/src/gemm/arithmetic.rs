@@ -49,6 +49,8 @@ pub trait Arithmetic: Round + Float<Acc: Kernel> {
     /// As [`stack`](Self::stack), cut into blocks of `width` columns (whole registers), `step` units apart:
     /// `units[b * step + c]` is column `b * width + c`; the last block is filled with zeros up to whole registers.
     fn stack_blocks(rows: Matrix<'_, Self>, width: usize, step: usize, units: &mut [Self::Unit]);
+    /// A lane-major block of units into lines: `lines[r][k] = block[k * width + r]` for `k < count`.
+    fn turn(block: &[Self::Unit], count: usize, width: usize, lines: &mut [&mut [Self::Unit]]);
     /// Accumulators times lanes of source elements, if the kernel for it exists and B's rows are adjacent lanes.
     fn mixed(
         a: Matrix<'_, Self::Acc>,
@@ -135,6 +137,9 @@ macro_rules! plain {
             fn stack(rows: Matrix<'_, $t>, units: &mut [$t]) {
                 <Self as Arithmetic>::copy(rows, units);
             }
+            fn turn(block: &[$t], count: usize, width: usize, lines: &mut [&mut [$t]]) {
+                <$t>::table().unpack(block, count, width, lines);
+            }
             fn stack_blocks(rows: Matrix<'_, $t>, width: usize, step: usize, units: &mut [$t]) {
                 match rows.row(0) {
                     Some(row) => <$t>::table().stack(row, width, step, units),
@@ -211,6 +216,9 @@ impl Arithmetic for f16 {
     }
     fn stack(rows: Matrix<'_, f16>, units: &mut [f32]) {
         Self::copy(rows, units);
+    }
+    fn turn(block: &[f32], count: usize, width: usize, lines: &mut [&mut [f32]]) {
+        f32::table().unpack(block, count, width, lines);
     }
     fn stack_blocks(rows: Matrix<'_, f16>, width: usize, step: usize, units: &mut [f32]) {
         by_block::<f16>(rows.cols(), width, step, units, |c| rows.at(0, c).to_f32());
@@ -306,6 +314,9 @@ impl Arithmetic for bf16 {
             let high = if rows.rows() == 2 { rows.at(1, c) } else { bf16::ZERO };
             *unit = u32::from(rows.at(0, c).to_bits()) | (u32::from(high.to_bits()) << 16);
         }
+    }
+    fn turn(block: &[u32], count: usize, width: usize, lines: &mut [&mut [u32]]) {
+        half_table().turn(block, count, width, lines);
     }
     fn stack_blocks(rows: Matrix<'_, bf16>, width: usize, step: usize, units: &mut [u32]) {
         let high = if rows.rows() == 2 { rows.row(1) } else { None };

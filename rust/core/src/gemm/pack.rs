@@ -80,12 +80,57 @@ pub fn compact<S: Arithmetic>(
     stride: usize,
     buffer: &mut Vec<S::Unit>,
 ) {
-    let units = S::units(lines.depth());
     if buffer.len() < count * stride {
         buffer.resize(count * stride, S::Unit::default());
     }
+    compact_into(lines, first, count, stride, buffer);
+}
+
+/// As [`compact`], into a slice.
+pub fn compact_into<S: Arithmetic>(
+    lines: &Lines<'_, S>,
+    first: usize,
+    count: usize,
+    stride: usize,
+    buffer: &mut [S::Unit],
+) {
+    let units = S::units(lines.depth());
+    let matrix = lines.matrix;
+    if lines.gather.is_none() && count > 1 && matrix.row_stride().abs() < matrix.col_stride().abs() {
+        return turned(matrix.part(first..first + count, 0..matrix.cols()), stride, buffer, |i| i);
+    }
     for i in 0..count {
         S::copy(lines.line(first + i), &mut buffer[i * stride..i * stride + units]);
+    }
+}
+
+/// [`compact_into`] for lines that lie across the rows of their memory: read row by row, turned in registers. Line `i`
+/// goes to place `place(i)`, another one for each.
+pub fn turned<S: Arithmetic>(
+    lines: Matrix<'_, S>,
+    stride: usize,
+    buffer: &mut [S::Unit],
+    place: impl Fn(usize) -> usize,
+) {
+    let width = S::lanes();
+    // A chunk of the reduction, so that what is stacked stays in the first-level cache.
+    let chunk = 64 * S::PER_UNIT;
+    let mut block = vec![S::Unit::default(); 64 * width];
+    let mut places: Vec<Option<&mut [S::Unit]>> = buffer.chunks_mut(stride.max(1)).map(Some).collect();
+    for rows in (0..lines.rows()).step_by(width) {
+        let count = width.min(lines.rows() - rows);
+        let mut strip: Vec<&mut [S::Unit]> = (rows..rows + count).filter_map(|i| places[place(i)].take()).collect();
+        for start in (0..lines.cols()).step_by(chunk) {
+            let end = lines.cols().min(start + chunk);
+            let units = S::units(end - start);
+            let across = Lines::all(lines.part(rows..rows + count, start..end).transposed());
+            for k in 0..units {
+                S::stack_blocks(across.step(k * S::PER_UNIT), width, 0, &mut block[k * width..][..width]);
+            }
+            let from = start / S::PER_UNIT;
+            let mut targets: Vec<&mut [S::Unit]> = strip.iter_mut().map(|line| &mut line[from..from + units]).collect();
+            S::turn(&block, units, width, &mut targets);
+        }
     }
 }
 

@@ -51,7 +51,32 @@ impl<'a, S: Arithmetic> Weight<'a, S> {
     /// Copies these rows compactly, as units; row `i` of them starts at `i * stride`.
     pub fn compact(&self, rows: &[usize], stride: usize, buffer: &mut Vec<S::Unit>) {
         match self {
-            Weight::Plain(matrix) => pack::compact(&Lines::gathered(*matrix, rows), 0, rows.len(), stride, buffer),
+            Weight::Plain(matrix) => {
+                if buffer.len() < rows.len() * stride {
+                    buffer.resize(rows.len() * stride, S::Unit::default());
+                }
+                let across = matrix.row_stride().abs() < matrix.col_stride().abs();
+                let half = rows.len() / 2;
+                if across
+                    && half > 0
+                    && rows.len() == 2 * half
+                    && (0..half).all(|i| rows[i] == rows[0] + 2 * i && rows[half + i] == rows[i] + 1)
+                {
+                    // Interleaved gates and ups lie side by side in memory: one pass over both.
+                    let both = matrix.part(rows[0]..rows[0] + 2 * half, 0..matrix.cols());
+                    return pack::turned(both, stride, buffer, |i| i / 2 + i % 2 * half);
+                }
+                let mut start = 0;
+                while start < rows.len() {
+                    // Gates, then ups: each evenly apart, whatever the layout.
+                    let run = &rows[start..];
+                    let step = run.get(1).filter(|&&second| second > run[0]).map_or(1, |second| second - run[0]);
+                    let count = 1 + run.windows(2).take_while(|pair| pair[1] == pair[0] + step).count();
+                    let part = Lines::all(matrix.every(run[0], count, step));
+                    pack::compact_into(&part, 0, count, stride, &mut buffer[start * stride..]);
+                    start += count;
+                }
+            }
             Weight::Bytes(matrix) => {
                 if buffer.len() < rows.len() * stride {
                     buffer.resize(rows.len() * stride, S::Unit::default());
