@@ -13,6 +13,7 @@
 //! memory is not initialised; (4) what a strip will write is asked for while the one before is multiplied.
 
 use super::backward::Stage;
+use super::slopes::widen;
 use crate::arch::{Ahead, Kernel};
 use crate::dtype::Real;
 use crate::error::Result;
@@ -131,7 +132,7 @@ pub(super) fn weights<S: Arithmetic>(
         let tokens = &layer.routing.tokens[rows.clone()];
         if let (true, Some(out)) = (first, &gate_up) {
             let left = Lines::all(slopes.part(rows, 0..halves * n));
-            let number = |i: usize| expert * halves * n + layer.feature_row(i / n, i % n);
+            let number = |i: usize| expert * halves * n + layer.column_row(i);
             Product { left, right: Lines::gathered(x, tokens), lines, columns }.run(out, number, scratch);
         } else if let Some(out) = &down {
             let right = Lines::all(active.part(rows, 0..n));
@@ -182,7 +183,7 @@ pub(super) fn biases<S: Arithmetic>(
             // Both layouts hold one bias a row of the weight.
             let target = out.take(expert);
             for (i, &value) in sum[..features].iter().enumerate() {
-                target[layer.feature_row(i / layer.hidden, i % layer.hidden)] = S::narrow(value);
+                target[layer.column_row(i)] = S::narrow(value);
             }
         }
         if let Some(out) = &down {
@@ -208,10 +209,7 @@ fn total<'a, S: Arithmetic>(
     for row in rows {
         let (values, factor) = of(row);
         let line = &mut line[..values.cols()];
-        match values.row(0) {
-            Some(row) => S::widen_row(row, line),
-            None => (0..values.cols()).for_each(|c| line[c] = values.at(0, c).widen()),
-        }
+        widen(values, line);
         S::Acc::table().add_scaled(&mut sum[..line.len()], line, factor);
     }
 }

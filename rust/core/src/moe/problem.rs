@@ -92,6 +92,11 @@ impl<'a> Layer<'a> {
         }
     }
 
+    /// Row of the first weight behind column `i` of the pre-activation, which holds all gates, then all ups.
+    pub fn column_row(&self, i: usize) -> usize {
+        self.feature_row(i / self.hidden, i % self.hidden)
+    }
+
     /// Rows of the first weight that make features `first..first + count`: gates, then ups (if gated).
     pub fn feature_rows(&self, first: usize, count: usize) -> (Vec<usize>, Vec<usize>) {
         let of = |half: usize| (first..first + count).map(|j| self.feature_row(half, j)).collect();

@@ -156,7 +156,8 @@ fn down_bias<S: Arithmetic>(stage: &Stage<'_, S>, expert: usize) -> Vec<S::Acc> 
     (0..stage.layer.width).map(|c| stage.layer.down_bias::<S>(expert, c)).collect()
 }
 
-fn widen<S: Arithmetic>(from: Matrix<'_, S>, to: &mut [S::Acc]) {
+/// A row of any stride, widened.
+pub(super) fn widen<S: Arithmetic>(from: Matrix<'_, S>, to: &mut [S::Acc]) {
     match from.row(0) {
         Some(row) => S::widen_row(row, to),
         None => (0..from.cols()).for_each(|c| to[c] = from.at(0, c).widen()),
@@ -171,8 +172,7 @@ pub(super) fn input<S: Arithmetic>(stage: &Stage<'_, S>, slopes: Matrix<'_, S>, 
     let out = ArrayMut::from_slice(out, &[count, d])?.segments::<S::Acc>(GROUP);
     let blocks = layer.routing.blocks(ROWS, 1);
     // dH holds all gates, then all ups; the weights' rows in that order.
-    let order: Vec<usize> =
-        (0..layer.halves()).flat_map(|half| (0..layer.hidden).map(move |j| layer.feature_row(half, j))).collect();
+    let order: Vec<usize> = (0..layer.halves() * layer.hidden).map(|i| layer.column_row(i)).collect();
     let natural = order.iter().enumerate().all(|(at, &row)| at == row);
     let units = S::units(order.len());
     let stride = line_stride(units);

@@ -50,11 +50,11 @@ impl<'a, S: Arithmetic> Weight<'a, S> {
 
     /// Copies these rows compactly, as units; row `i` of them starts at `i * stride`.
     pub fn compact(&self, rows: &[usize], stride: usize, buffer: &mut Vec<S::Unit>) {
+        if buffer.len() < rows.len() * stride {
+            buffer.resize(rows.len() * stride, S::Unit::default());
+        }
         match self {
             Weight::Plain(matrix) => {
-                if buffer.len() < rows.len() * stride {
-                    buffer.resize(rows.len() * stride, S::Unit::default());
-                }
                 let across = matrix.row_stride().abs() < matrix.col_stride().abs();
                 let half = rows.len() / 2;
                 if across
@@ -78,9 +78,6 @@ impl<'a, S: Arithmetic> Weight<'a, S> {
                 }
             }
             Weight::Bytes(matrix) => {
-                if buffer.len() < rows.len() * stride {
-                    buffer.resize(rows.len() * stride, S::Unit::default());
-                }
                 for (&row, units) in rows.iter().zip(buffer.chunks_mut(stride.max(1))) {
                     S::copy_i8(matrix.part(row..row + 1, 0..matrix.cols()), &mut units[..S::units(matrix.cols())]);
                 }
