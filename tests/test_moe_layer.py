@@ -593,6 +593,15 @@ def test_the_operators_pass_torchs_own_checks() -> None:
         torch.library.opcheck(torch.ops.tilewise.moe_experts.default, (*args, "geglu", "interleaved", 1.0, 1.0, True))
 
 
+def test_meta_tensors_give_shapes_and_gradients() -> None:
+    t = {name: value.to("meta") for name, value in problem(6, 8, 5, 3, 2).items()}
+    t = {name: value if name == "expert_ids" else value.requires_grad_() for name, value in t.items()}
+    out = fast(t)
+    assert out.device.type == "meta" and out.shape == (6, 8)
+    found = torch.autograd.grad(out.sum(), [t["x"], t["gate_up"]])
+    assert [tuple(value.shape) for value in found] == [(6, 8), (3, 10, 8)]
+
+
 def test_a_compiled_layer_trains_alike() -> None:
     t = cast(problem(40, 24, 18, 4, 2), torch.float32)
     grad = torch.from_numpy(normal((40, 24), seed=5))

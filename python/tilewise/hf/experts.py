@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tilewise import torch as twt
 from tilewise.errors import UnsupportedError
 from tilewise.moe import Activation, Layout
+from tilewise.torch._library import autocast_dtype
 
 __all__ = ["ROUNDING", "Plan", "experts_forward", "plan"]
 
@@ -187,7 +188,7 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     if rounding is not None and (rounded := rounding.take(top_k_index)) is not None:
         top_k_index, top_k_weights, token_ids = rounded
     # The weights decide the type; under autocast `experts` itself casts all of them, as a linear layer does.
-    x = hidden_states if torch.is_autocast_enabled(hidden_states.device.type) else hidden_states.to(first.dtype)
+    x = hidden_states.to(first.dtype) if autocast_dtype(hidden_states.device.type) is None else hidden_states
     output = twt.moe.experts(
         x,
         top_k_index,

@@ -14,7 +14,7 @@ import torch
 
 from tilewise.errors import DeviceError, DtypeError, UnsupportedError
 
-__all__ = ["define", "differentiate", "refuse_device"]
+__all__ = ["autocast_dtype", "define", "differentiate", "refuse_device"]
 
 _LIBRARY = torch.library.Library("tilewise", "FRAGMENT")
 
@@ -55,6 +55,13 @@ def differentiate(name: str, setup: Callable[..., None], backward: Callable[...,
 
     torch.library.register_autograd(f"tilewise::{name}", backward, setup_context=setup, lib=_LIBRARY)
     torch.library.register_autograd(f"tilewise::{operator}", refuse, lib=_LIBRARY)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The type that autocast asks for on a device type; none where it is off or unknown (meta tensors)."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def refuse_device(*, cuda: bool = False, **tensors: torch.Tensor | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tilewise import moe
 from tilewise.errors import UnsupportedError
 from tilewise.moe import Activation, ExpertGradients, Layout
-from tilewise.torch._library import define, differentiate, refuse_device
+from tilewise.torch._library import autocast_dtype, define, differentiate, refuse_device
 
 __all__ = ["experts"]
 
@@ -118,9 +118,9 @@ def _autocast(x: Tensor, gate_up: Tensor, down: Tensor, *biases: Tensor | None) 
     """The operands in autocast's type, where it is on; as torch does, double precision is left alone,
     and so are int8 weights."""
     operands = (x, gate_up, down, *biases)
-    if not torch.is_autocast_enabled(x.device.type):
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None:
         return operands
-    dtype = torch.get_autocast_dtype(x.device.type)
     kept = (torch.float64, torch.int8)
     return tuple(tensor.to(dtype) if tensor is not None and tensor.dtype not in kept else tensor for tensor in operands)
 
