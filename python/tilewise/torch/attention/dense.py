@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 
 from tilewise import _core
-from tilewise.attention import check_blocks, expand_mask, window_bounds
+from tilewise.attention.dense import check_blocks, expand_mask, window_bounds
 from tilewise.errors import ShapeError, UnsupportedError
 from tilewise.torch._library import define, refuse_device
 
