@@ -14,10 +14,10 @@ from tilewise.expr import nodes
 from tilewise.expr.symbols import Symbol, as_node
 
 __all__ = [
-    "abs", "atan2", "ceil", "clip", "cos", "erf", "exp", "exp2", "expm1", "floor", "isinf", "isnan", "log", "log1p",
-    "log2", "logical_and", "logical_not", "logical_or", "logical_xor", "maximum", "minimum", "power", "reciprocal",
-    "relu", "round", "rsqrt", "sigmoid", "sign", "sin", "sqrt", "square", "tan", "tanh", "to_bool", "to_float",
-    "to_int", "trunc", "where",
+    "abs", "atan2", "ceil", "clip", "constant_like", "cos", "erf", "exp", "exp2", "expm1", "floor", "isinf", "isnan",
+    "log", "log1p", "log2", "logical_and", "logical_not", "logical_or", "logical_xor", "maximum", "minimum", "power",
+    "reciprocal", "relu", "round", "rsqrt", "sigmoid", "sign", "sin", "sqrt", "square", "tan", "tanh", "to_bool",
+    "to_float", "to_int", "trunc", "where",
 ]  # fmt: skip
 
 
@@ -158,6 +158,16 @@ def _to(cls: str, torch_name: str, dtype: type) -> Callable[[Any], Any]:
 to_float = _to("float", "float32", float)
 to_int = _to("int", "int64", np.int64)  # type: ignore[arg-type]
 to_bool = _to("bool", "bool", bool)
+
+
+def constant_like(x: Any, value: bool | int | float) -> Any:
+    """`value` as the kind of thing that `x` is: a symbol, a torch tensor without axes (on its device), or a number."""
+    if isinstance(x, Symbol):
+        return Symbol(nodes.constant(value))
+    return x.new_full((), value, dtype=getattr(sys.modules["torch"], _DTYPES[type(value)])) if is_torch(x) else value
+
+
+_DTYPES = {bool: "bool", int: "int64", float: "float32"}
 
 
 def _negative(x: Any) -> Any:

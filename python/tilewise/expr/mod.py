@@ -157,9 +157,7 @@ def finish(kind: str, root: Node) -> Mod:
             )
         root = nodes.floating(root)
     text, captures = write(kind, root)
-    return Mod(
-        kind, text, tuple(capture.source for capture in captures), tuple(capture.name for capture in captures)
-    )
+    return Mod(kind, text, tuple(capture.source for capture in captures), tuple(capture.name for capture in captures))
 
 
 def trace(function: Callable[..., Any] | Mod, kind: str | None = None) -> Mod:

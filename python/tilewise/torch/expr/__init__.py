@@ -109,6 +109,6 @@ def _run(function: Callable[..., Any], kind: str, device: torch.device) -> nodes
         )
     if isinstance(returned, torch.Tensor) and returned.numel() != 1:
         raise UnsupportedError(
-            f"{name} returned a tensor {list(returned.shape)}; expected one number: index every axis of what it captures"
+            f"{name} returned a tensor {list(returned.shape)}; expected one number: index every axis of its captures"
         )
     return elements(returned).reshape(-1)[0]

@@ -31,9 +31,7 @@ __all__ = ["LIMIT", "Recorder", "SymbolTensor", "box", "class_of_dtype", "curren
 #: Most elements that a captured tensor may have where it is used as a whole (a row of a table, say).
 LIMIT = 4096
 
-_CLASSES = {torch.bool: "bool"} | dict.fromkeys(
-    (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8), "int"
-)
+_CLASSES = {torch.bool: "bool"} | dict.fromkeys((torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8), "int")
 _HERE = (str(Path(__file__).resolve().parents[2]), str(Path(torch.__file__).resolve().parent))
 
 #: The recorder of the trace under way (a trace calls the user's function once, in one thread).
