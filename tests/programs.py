@@ -78,3 +78,22 @@ def grid(batch: int, heads: int, queries: int, keys: int) -> dict[str, np.ndarra
 def dense(mod: Any, extents: tuple[int, int, int, int], score: np.ndarray | None = None) -> np.ndarray:
     """The mask or the scores of a mod, ``[batch, heads, queries, keys]``."""
     return np.broadcast_to(evaluate(mod.program, mod.captures, score=score, **grid(*extents)), extents)
+
+
+def stand_in_block_mask(program: str, captures: Any, *, batch: int, heads: int, queries: int, keys: int,
+                        query_block: int, key_block: int, **out: np.ndarray) -> None:  # fmt: skip
+    """What ``_core.block_mask`` does, from the dense mask."""
+    dense_mask = np.broadcast_to(evaluate(program, captures, **grid(batch, heads, queries, keys)),
+                                 (batch, heads, queries, keys))  # fmt: skip
+    rows, columns = -(-queries // query_block), -(-keys // key_block)
+    for place in np.ndindex(batch, heads, rows):
+        found: dict[str, list[int]] = {"kv": [], "full_kv": []}
+        top = place[2] * query_block
+        for column in range(columns):
+            left = column * key_block
+            block = dense_mask[place[0], place[1], top : top + query_block, left : left + key_block]
+            if block.any():
+                found["full_kv" if block.sum() == query_block * key_block else "kv"].append(column)
+        for name, listed in found.items():
+            out[f"{name}_num_blocks"][place] = len(listed)
+            out[f"{name}_indices"][place] = listed + [-1] * (columns - len(listed))

@@ -247,6 +247,10 @@ def vmapped(torch: Any, function: Any) -> np.ndarray:
         return function(*score, *(torch.arange(extent) for extent in EXTENTS)).detach().numpy()
 
 
+def divisions(torch: Any, *values: Any) -> Any:
+    return sum(torch.div(x, 3, rounding_mode=mode) for x in values for mode in ("trunc", "floor"))
+
+
 @pytest.fixture(scope="module")
 def functions(torch: Any) -> dict[str, Any]:
     """Mods as torch users write them."""
@@ -287,7 +291,7 @@ def functions(torch: Any) -> dict[str, Any]:
         "elementary": lambda s, b, h, q, k: torch.log10(s.abs() + 1) + torch.erfc(s) + torch.frac(s) + torch.sinh(s),
         "two": lambda s, b, h, q, k: torch.hypot(s, s + 1) + torch.fmin(s, k * 0.5) + torch.fmax(s, q) + s.lerp(s, 0.3),
         "pow": lambda s, b, h, q, k: s.pow(2) + torch.pow(2.0, s) + s.abs() ** 0.5 + (q - k) ** 3 + s**-1,
-        "divisions": lambda s, b, h, q, k: s + sum(torch.div(x, 3, rounding_mode=m) for x in (s, q - k) for m in ("trunc", "floor")),
+        "divisions": lambda s, b, h, q, k: divisions(torch, s, q - k),
         "remainders": lambda s, b, h, q, k: torch.fmod(q - k, 3) + torch.remainder(q - k, 3) + s % 0.7,
         "addition with alpha": lambda s, b, h, q, k: torch.add(s, q, alpha=2) - torch.sub(s, k, alpha=0.5),
         "rounding": lambda s, b, h, q, k: s.round() + s.trunc() + s.floor() + (q / 2).ceil() + s.long(),
@@ -296,7 +300,7 @@ def functions(torch: Any) -> dict[str, Any]:
         "bytes wrap": lambda s, b, h, q, k: s + (small[q] + small[k]) + (signed[q] * 3) + (-small[k]),
         "byte and index": lambda s, b, h, q, k: s + small[q] * k,
         "bools add": lambda s, b, h, q, k: s + (flags[q] + flags[k]) + flags[q] * 2,
-        "constants": lambda s, b, h, q, k: s.new_full((), 2.0) + torch.zeros_like(s) + torch.ones(()) + torch.arange(7)[k],
+        "constants": lambda s, b, h, q, k: s.new_full((), 2.0) + torch.zeros_like(s) + torch.arange(7)[k],
         "defaults": lambda s, b, h, q, k, cap=5.0: cap * torch.tanh(s / cap),
         "mask": lambda b, h, q, k: (q >= k) & flags[k],
         "mask logic": lambda b, h, q, k: torch.logical_and(q > k, k) | torch.isin(q, torch.tensor([0, 3])) | ~flags[q],
@@ -311,9 +315,9 @@ NAMES = [
     "bias", "bias by rows", "static and symbolic", "gather of a gather", "scalar capture", "dot", "sum of products",
     "matrix", "mean", "slice", "ellipsis", "new axis", "index_select", "take", "embedding", "choose", "where inf",
     "where tensor", "masked_fill", "clamp", "activations", "more activations", "log sigmoid", "elementary", "two",
-    "pow", "divisions", "remainders", "addition with alpha", "rounding", "casts", "in place", "bytes wrap", "byte and index",
-    "bools add", "constants", "defaults", "mask", "mask logic", "mask new ones", "mask of vectors", "mask any",
-    "mask bits",
+    "pow", "divisions", "remainders", "addition with alpha", "rounding", "casts", "in place", "bytes wrap",
+    "byte and index", "bools add", "constants", "defaults", "mask", "mask logic", "mask new ones", "mask of vectors",
+    "mask any", "mask bits",
 ]  # fmt: skip
 
 

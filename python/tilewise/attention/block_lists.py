@@ -79,7 +79,7 @@ def fill_blocks(
 ) -> list[np.ndarray]:
     """``[kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices]`` of a mask program, computed by the core.
 
-    Axes on which the mask does not depend are computed once and broadcast.
+    Axes on which the mask does not depend have an extent of 1: the caller broadcasts.
     """
     if mod.kind != "mask":
         raise ArgumentError(f"expected a mask_mod (b, h, q, k), got a score_mod: {mod}")
@@ -95,7 +95,7 @@ def fill_blocks(
     if not separate_full_blocks:
         dense = ordered_to_dense(arrays[0], arrays[1], columns) | ordered_to_dense(arrays[2], arrays[3], columns)
         arrays = list(dense_to_ordered(dense))
-    return [np.broadcast_to(array, (B, H, *array.shape[2:])) for array in arrays]
+    return arrays
 
 
 def dense_mask(mod: Mod, B: int, H: int, Q_LEN: int, KV_LEN: int) -> np.ndarray:
