@@ -20,11 +20,6 @@ assert _spec is not None and _spec.loader is not None
 programs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(programs)
 
-from tilewise import _core  # noqa: E402
-
-if not hasattr(_core, "block_mask"):
-    _core.block_mask = programs.stand_in_block_mask
-
 DOCUMENT = np.repeat(np.arange(9), [3, 40, 1, 77, 128, 5, 60, 100, 30]).astype(np.int32)  # 444 tokens
 FLAGS = np.random.default_rng(0).random((2, 444)) < 0.3
 document, flags = expr.array(DOCUMENT, "document"), expr.array(FLAGS, "flags")

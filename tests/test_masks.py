@@ -22,11 +22,6 @@ assert _spec is not None and _spec.loader is not None
 programs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(programs)
 
-from tilewise import _core  # noqa: E402
-
-if not hasattr(_core, "block_mask"):
-    _core.block_mask = programs.stand_in_block_mask
-
 # Rules of the examples, one element at a time, with plain Python numbers.
 
 
