@@ -94,6 +94,9 @@ impl<'a, T: FloatLane> Mods<'a, T> {
     }
 }
 
+/// Fewest keys that are cut off a visit: asking must cost less than computing them.
+const TRIMMED: usize = 16;
+
 /// Evaluates the programs for the tiles of one thread.
 pub struct Worker<'m, 'a, T> {
     score: Option<Evaluator<'m, 'a, T>>,
@@ -131,8 +134,9 @@ impl<T: FloatLane> Worker<'_, '_, T> {
         }
     }
 
-    /// Leaves out visits that the mask program empties, and frees those that it leaves whole, by bounds alone.
-    pub fn prune(&mut self, tile: &Tile, visits: &mut Vec<Visit>) {
+    /// Leaves out visits that the mask program empties, frees those that it leaves whole, and cuts empty ends off the others,
+    /// by bounds alone. What is left starts on a multiple of `unit`.
+    pub fn prune(&mut self, tile: &Tile, visits: &mut Vec<Visit>, unit: usize) {
         let Some(classifier) = &mut self.classifier else { return };
         let (first, last) = (tile.at(0), tile.at(tile.count - 1));
         let heads = tile.head..(tile.head + tile.pack.min(tile.count));
@@ -145,11 +149,32 @@ impl<T: FloatLane> Worker<'_, '_, T> {
             if !visit.program {
                 return true;
             }
-            region.keys = visit.start..visit.start + visit.len;
-            match classifier.classify(&region, false) {
+            let mut look = |keys: Range<usize>| {
+                region.keys = keys;
+                classifier.classify(&region, false)
+            };
+            let (start, end) = (visit.start, visit.start + visit.len);
+            match look(start..end) {
                 Verdict::Empty => return false,
                 Verdict::Full => visit.program = false,
-                Verdict::Partial => {}
+                Verdict::Partial => {
+                    let mut kept = start..end;
+                    // Halves, then quarters, from both ends.
+                    for step in [2, 4] {
+                        let part = (visit.len / step).next_multiple_of(unit);
+                        if part < TRIMMED {
+                            break;
+                        }
+                        if kept.len() > part && look(kept.start..kept.start + part) == Verdict::Empty {
+                            kept.start += part;
+                        }
+                        let middle = kept.start + (kept.len() - 1) / part * part;
+                        if kept.len() > part && look(middle..kept.end) == Verdict::Empty {
+                            kept.end = middle;
+                        }
+                    }
+                    (visit.start, visit.len) = (kept.start, kept.len());
+                }
             }
             true
         });

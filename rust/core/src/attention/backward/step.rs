@@ -86,7 +86,7 @@ pub(super) fn one_tile<S: Arithmetic>(
     let problem = stage.problem;
     let width = tile.count.next_multiple_of(S::lanes());
     let mut schedule = Schedule::new(problem, tile, STEP, S::PER_UNIT, stage.mods.has_mask());
-    scratch.worker.prune(tile, &mut schedule.visits);
+    scratch.worker.prune(tile, &mut schedule.visits, S::PER_UNIT);
     scratch.prepare(stage, tile, width, partial);
     scratch.worker.tile(tile);
     scratch.sums[..width * stage.key_width].fill(S::Acc::ZERO);
