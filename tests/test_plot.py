@@ -147,7 +147,7 @@ def test_every_entry_of_the_catalogue_is_drawn() -> None:
     from tilewise import masks, mods
 
     for name in masks.EXAMPLES:
-        assert {0, 3} & set(np.unique(image(plot.mask(name)))) and image(plot.mask(name)).max() >= 2, name
+        assert image(plot.mask(name)).max() >= 2 > image(plot.mask(name)).min(), name
     for name in mods.EXAMPLES:
         assert image(plot.mod(name, 12, 16)).shape == (12, 16)
     assert image(plot.mod("alibi", 3, 3))[2, 0] == pytest.approx(-0.5)

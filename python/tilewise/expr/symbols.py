@@ -289,7 +289,7 @@ class Array:
     __slots__ = ("__weakref__", "_numpy", "_tensors", "capture", "source")
 
     def __init__(self, source: Any, name: str = "array") -> None:
-        self.source = source if is_torch(source) else np.asarray(source)
+        self.source: Any = source if is_torch(source) else np.asarray(source)
         self.capture = Capture(self.source, class_of(self.source, name), self.source.shape, name)
         self._numpy: np.ndarray | None = None
         self._tensors: dict[Any, Any] = {}

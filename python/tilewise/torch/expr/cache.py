@@ -61,7 +61,7 @@ def _function(function: Any, seen: Seen, depth: int) -> Any:
     if depth > 8:
         return None
     if isinstance(function, functools.partial):
-        parts = [_function(function.func, seen, depth + 1)]
+        parts: list[Any] = [_function(function.func, seen, depth + 1)]
         parts += [_leaf("argument", value, seen, depth) for value in function.args]
         parts += [(name, _leaf(name, value, seen, depth)) for name, value in sorted(function.keywords.items())]
         if any(part is None or (isinstance(part, tuple) and part[-1] is None) for part in parts):
@@ -70,7 +70,7 @@ def _function(function: Any, seen: Seen, depth: int) -> Any:
     if not isinstance(function, types.FunctionType):
         return None
     code = function.__code__
-    parts = [code]
+    parts: list[Any] = [code]
     complete = True
     cells = function.__closure__ or ()
     try:
