@@ -94,7 +94,8 @@ impl<'a, T: FloatLane> Mods<'a, T> {
     }
 }
 
-/// Fewest keys that are cut off a visit: asking must cost less than computing them.
+/// Parts of a visit that are asked about, and the fewest keys in one: asking must cost less than computing them.
+const PARTS: usize = 4;
 const TRIMMED: usize = 16;
 
 /// Evaluates the programs for the tiles of one thread.
@@ -134,8 +135,8 @@ impl<T: FloatLane> Worker<'_, '_, T> {
         }
     }
 
-    /// Leaves out visits that the mask program empties, frees those that it leaves whole, and cuts empty ends off the others,
-    /// by bounds alone. What is left starts on a multiple of `unit`.
+    /// Leaves out visits that the mask program empties, frees those that it leaves whole, and of the others cuts empty ends off and
+    /// finds the keys that it must be evaluated for, by bounds alone. What is left starts on a multiple of `unit`.
     pub fn prune(&mut self, tile: &Tile, visits: &mut Vec<Visit>, unit: usize) {
         let Some(classifier) = &mut self.classifier else { return };
         let (first, last) = (tile.at(0), tile.at(tile.count - 1));
@@ -146,33 +147,35 @@ impl<T: FloatLane> Worker<'_, '_, T> {
             region.heads = tile.head..tile.head + tile.pack;
         }
         visits.retain_mut(|visit| {
-            if !visit.program {
+            if visit.program.1 == 0 {
                 return true;
             }
             let mut look = |keys: Range<usize>| {
                 region.keys = keys;
                 classifier.classify(&region, false)
             };
-            let (start, end) = (visit.start, visit.start + visit.len);
-            match look(start..end) {
+            let end = visit.start + visit.len;
+            match look(visit.start..end) {
                 Verdict::Empty => return false,
-                Verdict::Full => visit.program = false,
+                Verdict::Full => visit.program = (0, 0),
                 Verdict::Partial => {
-                    let mut kept = start..end;
-                    // Halves, then quarters, from both ends.
-                    for step in [2, 4] {
-                        let part = (visit.len / step).next_multiple_of(unit);
-                        if part < TRIMMED {
-                            break;
-                        }
-                        if kept.len() > part && look(kept.start..kept.start + part) == Verdict::Empty {
-                            kept.start += part;
-                        }
-                        let middle = kept.start + (kept.len() - 1) / part * part;
-                        if kept.len() > part && look(middle..kept.end) == Verdict::Empty {
-                            kept.end = middle;
-                        }
-                    }
+                    let part = visit.len.div_ceil(PARTS).next_multiple_of(unit).max(TRIMMED);
+                    let bounds = |i: usize| visit.start + i * part..end.min(visit.start + (i + 1) * part);
+                    let count = visit.len.div_ceil(part);
+                    let verdicts: [Verdict; PARTS] =
+                        std::array::from_fn(|i| if i < count { look(bounds(i)) } else { Verdict::Empty });
+                    let range = |keep: fn(&Verdict) -> bool| {
+                        let first = verdicts.iter().position(keep)?;
+                        Some(bounds(first).start..bounds(verdicts.iter().rposition(keep)?).end)
+                    };
+                    // Empty parts between others are asked about, as partial ones are.
+                    let Some(kept) = range(|verdict| *verdict != Verdict::Empty) else { return false };
+                    let inside = |i: usize| bounds(i).start >= kept.start && bounds(i).end <= kept.end;
+                    let mut asked = (0..count).filter(|&i| inside(i) && verdicts[i] != Verdict::Full);
+                    let first = asked.next();
+                    let last = asked.last().or(first);
+                    let asked = first.zip(last).map_or(0..0, |(first, last)| bounds(first).start..bounds(last).end);
+                    visit.program = (asked.start.saturating_sub(kept.start), asked.len());
                     (visit.start, visit.len) = (kept.start, kept.len());
                 }
             }

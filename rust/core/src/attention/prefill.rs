@@ -123,8 +123,10 @@ fn one_tile<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, scratch: &
         if visit.partial {
             schedule.mask(visit, scores, width, 1, finish::blank(factor));
         }
-        if visit.program {
-            worker.mask(keys.clone(), scores, width, finish::blank(factor));
+        if visit.program.1 > 0 {
+            let (from, count) = visit.program;
+            let part = &mut scores[from * width..(from + count) * width];
+            worker.mask(visit.asked(), part, width, finish::blank(factor));
         }
         if let Some(dropout) = &stage.dropout {
             if table.softmax(scores, visit.len, width, factor, state) {
@@ -234,8 +236,8 @@ fn without_poison<S: Arithmetic>(
     let schedule = Schedule::new(problem, tile, STEP, S::PER_UNIT, stage.mods.has_mask());
     let mut kept = vec![S::Acc::ZERO; visit.len * width];
     schedule.mask(visit, &mut kept, width, 1, S::Acc::ONE);
-    if visit.program {
-        worker.mask(keys.clone(), &mut kept, width, S::Acc::ONE);
+    if visit.program.1 > 0 {
+        worker.mask(visit.asked(), &mut kept[visit.program.0 * width..], width, S::Acc::ONE);
     }
     let mut clean = Vec::with_capacity(visit.len * dim);
     tile.values(problem).runs::<S>(keys, |key, run| {

@@ -22,8 +22,14 @@ fn units(got: f32, truth: f64) -> f64 {
 
 /// All numbers in steps through the bit patterns, and the edges.
 fn arguments(step: usize) -> Vec<f32> {
-    let edges = [0.0, -0.0, 1.0, -1.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, f32::MIN, f32::MIN_POSITIVE];
-    (0..u32::MAX).step_by(step).map(f32::from_bits).chain(edges).chain([1e-45, -1e-45, 88.72284, 88.7, -103.97, 0.5]).collect()
+    let edges =
+        [0.0, -0.0, 1.0, -1.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, f32::MIN, f32::MIN_POSITIVE];
+    (0..u32::MAX)
+        .step_by(step)
+        .map(f32::from_bits)
+        .chain(edges)
+        .chain([1e-45, -1e-45, 88.72284, 88.7, -103.97, 0.5])
+        .collect()
 }
 
 #[test]
