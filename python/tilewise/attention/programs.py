@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-__all__ = ["Program", "added_bias", "alibi", "both", "chained", "distance_bias", "softcapped"]
+__all__ = ["Program", "added_bias", "alibi", "both", "chained", "softcapped"]
 
 
 class Program(NamedTuple):
@@ -59,20 +59,6 @@ def alibi(slopes: Any, shift: Any) -> Program:
         "abs 9", "to_float 10", "mul 4 11", "sub 0 12",
     ]  # fmt: skip
     return Program(_program("score", [f"float {rank}", "int 1"], nodes), (slopes, shift))
-
-
-def distance_bias(table: Any, radius: int) -> Program:
-    """``score + table[head, clip(key - query, -radius, radius) + radius]``: a bias by relative position.
-
-    Args:
-        table: ``[heads, 2 * radius + 1]``.
-        radius: distances beyond it share the outermost entry.
-    """
-    nodes = [
-        "score", "head", "query", "key", "sub 3 2", f"int {-radius}", f"int {radius}", "max 4 5", "min 7 6", "add 8 6",
-        "gather 0 1 9", "add 0 10",
-    ]  # fmt: skip
-    return Program(_program("score", ["float 2"], nodes), (table,))
 
 
 def _parts(text: str) -> tuple[list[str], list[str], int]:

@@ -18,7 +18,7 @@ except ImportError as error:
     ) from error
 
 from tilewise.torch import moe, speculation
-from tilewise.torch.attention import attention
+from tilewise.torch.attention import attention, merge_attention
 from tilewise.torch.gemm import matmul
 
-__all__ = ["attention", "matmul", "moe", "speculation"]
+__all__ = ["attention", "matmul", "merge_attention", "moe", "speculation"]
