@@ -11,6 +11,7 @@ This is the NumPy floor; :mod:`tilewise.torch.attention.blocks` is the same on t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
