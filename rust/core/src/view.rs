@@ -92,6 +92,11 @@ impl<'a> Array<'a> {
         &self.strides
     }
 
+    /// Address of the element at index 0 of every axis; dangling if the array is empty.
+    pub(crate) fn as_ptr(&self) -> *const u8 {
+        self.data
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.shape.iter().product()
@@ -410,6 +415,16 @@ impl<'a> ArrayMut<'a> {
             prefer_large_pages(self.data, count * self.dtype.bytes());
         }
         self
+    }
+
+    /// The one element of a view without axes, as a row.
+    ///
+    /// # Panics
+    /// On a wrong type or rank.
+    pub fn row_of_one<T: Element>(self) -> &'a mut [T] {
+        assert!(self.dtype == T::DTYPE && self.shape.is_empty(), "row_of_one(): wrong type or rank");
+        // SAFETY: a view of rank 0 is one writable element, and this view was the only access to it.
+        unsafe { std::slice::from_raw_parts_mut(self.data.cast(), 1) }
     }
 
     /// The last axis cut into `parts` equal ones: [.., n] becomes [.., parts, n / parts].
