@@ -300,6 +300,11 @@ impl<'a, T: Copy> Matrix<'a, T> {
         Self { rows: 2, row_stride: self.row_stride * apart, ..self.part(first..first + 1, 0..self.cols) }
     }
 
+    /// Bytes from the first element to another matrix's first.
+    pub fn bytes_to(&self, other: &Self) -> isize {
+        (other.data as isize).wrapping_sub(self.data as isize)
+    }
+
     /// Rows and columns exchanged.
     pub fn transposed(&self) -> Self {
         Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..*self }
