@@ -240,7 +240,7 @@ def test_gradients_are_finite_differences(isa: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     extents = {"batch": 1, "heads": 3, "queries": 9, "keys": 6}
     captures = [*captures_of(), np.array(0.375)]
-    captures = [c + 1e-3 * rng.random(c.shape) if c.dtype == np.float64 else c for c in captures]
+    captures = [np.asarray(c + 1e-3 * rng.random(c.shape)) if c.dtype == np.float64 else c for c in captures]
     score, grad = rng.standard_normal((1, 3, 9, 6)), rng.standard_normal((1, 3, 9, 6))
 
     def loss(captures: list[Any], score: np.ndarray) -> float:

@@ -70,10 +70,7 @@ fn expr_evaluate(
         sums.push(hold_optional("grad_captures", sum.as_ref())?);
     }
     let arrays = held.iter().map(Held::array).collect::<PyResult<Vec<_>>>()?;
-    let (score, grad) = (
-        score.as_ref().map(Held::array).transpose()?,
-        grad.as_ref().map(Held::array).transpose()?,
-    );
+    let (score, grad) = (score.as_ref().map(Held::array).transpose()?, grad.as_ref().map(Held::array).transpose()?);
     let out = out.array_mut()?;
     let sums = sums.iter_mut().map(|sum| sum.as_mut().map(Held::array_mut).transpose());
     let sums = sums.collect::<PyResult<Vec<_>>>()?;

@@ -68,7 +68,11 @@ fn accepts(class: Class, dtype: Dtype) -> bool {
 fn check(name: &str, number: usize, spec: &CaptureSpec, array: &Array<'_>) -> Result<()> {
     let argument = format!("{name}, capture {number}");
     if array.shape().len() != spec.rank {
-        return Err(Error::shape(&argument, format!("rank {}, as the program was traced with", spec.rank), array.shape()));
+        return Err(Error::shape(
+            &argument,
+            format!("rank {}, as the program was traced with", spec.rank),
+            array.shape(),
+        ));
     }
     if accepts(spec.class, array.dtype()) {
         return Ok(());
@@ -140,7 +144,9 @@ impl<'a, T: FloatLane> Bound<'a, T> {
         match array.dtype() {
             Dtype::I8 => Span::Int { low: i64::from(i8::MIN), high: i64::from(i8::MAX) },
             Dtype::I32 => Span::Int { low: i64::from(i32::MIN), high: i64::from(i32::MAX) },
-            Dtype::I64 if array.len() <= SEARCHED => self.extremes(number).map_or(Span::all(Class::Int), Extremes::whole),
+            Dtype::I64 if array.len() <= SEARCHED => {
+                self.extremes(number).map_or(Span::all(Class::Int), Extremes::whole)
+            }
             _ => Span::all(self.program.captures()[number].class),
         }
     }

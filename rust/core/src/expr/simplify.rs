@@ -96,9 +96,10 @@ impl Rewriter {
         if self.digests.len() < self.graph.nodes.len() {
             let node = &self.graph.nodes[id as usize];
             let words = node.args.iter().map(|&arg| self.digests[arg as usize]);
-            let digest = [node.op as u64, node.bits].into_iter().chain(words).fold(0xcbf2_9ce4_8422_2325u64, |h, word| {
-                (h ^ word).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(29)
-            });
+            let digest =
+                [node.op as u64, node.bits].into_iter().chain(words).fold(0xcbf2_9ce4_8422_2325u64, |h, word| {
+                    (h ^ word).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(29)
+                });
             self.digests.push(digest);
         }
         id
@@ -212,7 +213,8 @@ impl Rewriter {
             Op::Add => {
                 let b = b?;
                 // x + -0 is x; x + 0 is x unless x is -0.
-                let zero = self.float(b).is_some_and(|y| y == 0.0 && (y.is_sign_negative() || self.never_minus_zero(a)));
+                let zero =
+                    self.float(b).is_some_and(|y| y == 0.0 && (y.is_sign_negative() || self.never_minus_zero(a)));
                 if zero {
                     return Some(a);
                 }

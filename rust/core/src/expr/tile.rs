@@ -485,14 +485,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
     }
 
     /// Runs one step over `count` elements.
-    fn step(
-        &mut self,
-        step: &Step,
-        side: &Side<'_>,
-        count: usize,
-        valid: Valid,
-        elements: Elements<'_, T>,
-    ) {
+    fn step(&mut self, step: &Step, side: &Side<'_>, count: usize, valid: Valid, elements: Elements<'_, T>) {
         match step.to.file {
             File::Float => self.float_step(step, count, valid, elements),
             File::Short => self.short_step(step, side, count, valid),
@@ -501,13 +494,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
         }
     }
 
-    fn float_step(
-        &mut self,
-        step: &Step,
-        count: usize,
-        valid: Valid,
-        elements: Elements<'_, T>,
-    ) {
+    fn float_step(&mut self, step: &Step, count: usize, valid: Valid, elements: Elements<'_, T>) {
         let mut values = take(&mut self.files.floats[step.to.index]);
         let out = &mut values[..count];
         let (table, files, from) = (T::floats(), &self.files, &step.from);
@@ -594,14 +581,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
         self.files.shorts[step.to.index] = values;
     }
 
-    fn long_step(
-        &mut self,
-        step: &Step,
-        side: &Side<'_>,
-        count: usize,
-        valid: Valid,
-        elements: Elements<'_, T>,
-    ) {
+    fn long_step(&mut self, step: &Step, side: &Side<'_>, count: usize, valid: Valid, elements: Elements<'_, T>) {
         let mut values = take(&mut self.files.longs[step.to.index]);
         let out = &mut values[..count];
         let (table, from) = (i64::integers(), &step.from);
@@ -650,13 +630,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
         self.files.longs[step.to.index] = values;
     }
 
-    fn mask_step(
-        &mut self,
-        step: &Step,
-        count: usize,
-        valid: Valid,
-        elements: Elements<'_, T>,
-    ) {
+    fn mask_step(&mut self, step: &Step, count: usize, valid: Valid, elements: Elements<'_, T>) {
         let mut values = take(&mut self.files.masks[step.to.index]);
         let out = &mut values[..count];
         let (table, from) = (Logic::table(), &step.from);
@@ -714,14 +688,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
 
     /// Looks for the first index that left its capture among the elements that count.
     #[cold]
-    fn blame(
-        &self,
-        node: u32,
-        capture: usize,
-        indices: &[Source],
-        count: usize,
-        valid: Valid,
-    ) {
+    fn blame(&self, node: u32, capture: usize, indices: &[Source], count: usize, valid: Valid) {
         for i in (0..count).filter(|i| i % valid.period < valid.count) {
             for (axis, (&source, &extent)) in indices.iter().zip(self.bound.captures[capture].shape()).enumerate() {
                 let index = self.files.integer(source, i);

@@ -67,6 +67,9 @@ pub struct Gradients<'g> {
 /// Arrays of the wrong shape or type; pages, or sequences that share keys (their gradients would overlap).
 pub fn backward(problem: &Problem<'_>, upstream: &Upstream<'_>, gradients: Gradients<'_>) -> Result<()> {
     check(problem, upstream, &gradients)?;
+    if problem.key.shape()[1] == 0 {
+        return Ok(());
+    }
     match problem.dtype {
         Dtype::F32 => typed::<f32>(problem, upstream, gradients),
         Dtype::F64 => typed::<f64>(problem, upstream, gradients),

@@ -116,13 +116,18 @@ impl<S: Arithmetic> Scratch<S> {
             let at = [sequence.query_batch, head, sequence.query_start + query];
             let (out, grad) =
                 (tile.row::<S>(problem, &upstream.out, lane), tile.row::<S>(problem, &upstream.grad_out, lane));
-            if !all_finite(grad) {
-                self.poisoned.push(lane);
-            }
             let grad_lse = upstream.grad_lse.as_ref().map_or(S::Acc::ZERO, |array| array.get::<S::Acc>(&at));
             let delta = dot(out, grad) - grad_lse;
             let lse = upstream.lse.get::<S::Acc>(&at);
-            if lse != S::Acc::NEG_INFINITY {
+            if !all_finite(grad) && !lse.f64().is_nan() {
+                self.poisoned.push(lane);
+            }
+            if lse.f64().is_nan() {
+                // Weights of 2^NaN would reach keys that the row does not attend.
+                self.lse[lane] = S::Acc::ZERO;
+                self.delta[lane] = lse;
+                self.poisoned.push(lane);
+            } else if lse != S::Acc::NEG_INFINITY {
                 self.lse[lane] = lse * S::Acc::of(std::f64::consts::LOG2_E);
                 self.delta[lane] = delta;
                 if let Some(sinks) = &problem.sinks {
@@ -177,6 +182,10 @@ impl<S: Arithmetic> Scratch<S> {
         }
         if visit.program {
             self.worker.mask(keys.clone(), scores, width, finish::blank(factor));
+        }
+        if tile.count < width {
+            // Lanes that are not there: 0 * NaN of a key is a score too.
+            scores.chunks_mut(width).for_each(|line| line[tile.count..].fill(finish::blank(factor)));
         }
         let dropout = Dropout::of(problem);
         if let Some(dropout) = &dropout {
