@@ -269,9 +269,10 @@ def flash_rule(got: Tensor, truth: Tensor, plain: Tensor, *, factor: float = 2.0
         return
     small = torch.finfo(kind).eps
     narrow = truth.to(kind)
-    # In 32 and 64 bits another order of a sum costs a few roundings; the plain run may have had luck.
-    few = 16 if small < 1e-6 else 1
-    rounding = max(float(((narrow + 0.3 - 0.3) - narrow).abs().max()), few * small * float(truth.abs().max()))
+    # In 32 and 64 bits another order of a sum costs a few roundings (of operands of size 1, also where the truth is
+    # 0); the plain run may have had luck.
+    few = 16 * max(1.0, float(truth.abs().max())) if small < 1e-6 else float(truth.abs().max())
+    rounding = max(float(((narrow + 0.3 - 0.3) - narrow).abs().max()), few * small)
     lost = torch.nan_to_num(plain - truth, 0.0, 0.0, 0.0).abs().max()
     error = float((got - truth).abs().max())
     allowed = factor * float(lost) + 2 * rounding + extra

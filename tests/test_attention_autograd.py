@@ -136,6 +136,7 @@ def arguments(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators_pass_opcheck(dtype: torch.dtype) -> None:
     for given in arguments(dtype):
