@@ -271,3 +271,76 @@ def test_gradients_are_finite_differences(isa: str, seed: int) -> None:
                 moved[number][place] += sign * step
                 ends.append(loss(moved, score))
             np.testing.assert_allclose(total[place], (ends[0] - ends[1]) / (2 * step), rtol=1e-4, atol=1e-5)
+
+
+HEAD = "tilewise-expr 1 mask\n"
+WINDOW = HEAD + "query\nkey\nge 0 1\nsub 0 1\nint 9\nle 3 4\nand 2 5\nreturn 6\n"
+DILATED = HEAD + "query\nkey\nsub 0 1\nabs 2\nint 3\nmod 3 4\nint 0\neq 5 6\nreturn 7\n"
+PREFIX = HEAD + "capture int 1\nbatch\ngather 0 0\nquery\nkey\nlt 3 1\nge 2 3\nor 4 5\nreturn 6\n"
+BY_BLOCK = HEAD + "head\nquery\nkey\nint 8\nfloor_div 1 3\nfloor_div 2 3\nsub 4 5\neq 6 0\nreturn 7\n"
+FLOAT = HEAD + "query\nkey\nto_float 0\nto_float 1\nfloat 0.37\nmul 2 4\nsqrt 3\nlt 6 5\nreturn 7\n"
+CAPTURED = HEAD + "capture bool 2\nquery\nkey\ngather 0 0 1\nreturn 2\n"
+
+
+def dense_lists(mask: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which blocks have some and which have all of their elements; beyond the edge nothing is attended."""
+    padded = np.pad(mask, [(0, 0), (0, 0), *((0, -n % b) for n, b in zip(mask.shape[2:], block, strict=True))])
+    b, h, q, k = padded.shape
+    blocks = padded.reshape(b, h, q // block[0], block[0], k // block[1], block[1])
+    return blocks.any((3, 5)), blocks.all((3, 5))
+
+
+def assert_lists(count: np.ndarray, indices: np.ndarray, expected: np.ndarray) -> None:
+    """Ascending numbers of the expected blocks, then -1."""
+    assert np.array_equal(count, expected.sum(-1))
+    place = np.where(expected, np.arange(expected.shape[-1]), np.iinfo(np.int32).max)
+    order = np.sort(place, axis=-1)
+    assert np.array_equal(indices, np.where(order == np.iinfo(np.int32).max, -1, order))
+
+
+def lists_of(text: str, captures: Any, block: tuple[int, int], **extents: int) -> list[np.ndarray]:
+    nq, nk = -(-extents["queries"] // block[0]), -(-extents["keys"] // block[1])
+    lead = (extents["batch"], extents["heads"], nq)
+    out = [np.full(lead + tail, -7, np.int32) for tail in ((), (nk,), (), (nk,))]
+    names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+    sizes = {"query_block": block[0], "key_block": block[1]}
+    _core.block_mask(text, captures, **extents, **sizes, **dict(zip(names, out, strict=True)))
+    return out
+
+
+@pytest.mark.parametrize("block", [(16, 16), (8, 32), (5, 7), (1, 1), (128, 128)])
+@pytest.mark.parametrize(
+    ("text", "captures"),
+    [
+        (CAUSAL_DOCUMENTS, [np.sort(np.random.default_rng(0).integers(0, 6, (2, 70)), axis=1)]),
+        (WINDOW, []),
+        (DILATED, []),
+        (PREFIX, [np.array([11, 40])]),
+        (BY_BLOCK, []),
+        (FLOAT, []),
+        (CAPTURED, [np.random.default_rng(1).random((70, 61)) < 0.02]),
+    ],
+    ids=["causal documents", "window", "dilated", "prefix", "by block", "float", "captured"],
+)
+def test_block_masks_are_confirmed_by_enumeration(text: str, captures: Any, block: tuple[int, int]) -> None:
+    extents = {"batch": 2, "heads": 2, "queries": 70, "keys": 61}
+    mask = reference.expr.evaluate(text, captures, dtype=np.float32, **extents)
+    some, every = dense_lists(mask, block)
+    count, indices, full_count, full_indices = lists_of(_core.expr_simplify(text), captures, block, **extents)
+    assert_lists(full_count, full_indices, every)
+    assert_lists(count, indices, some & ~every)
+    out = [np.full(shape, -7, np.int32) for shape in (indices.shape[:2] + indices.shape[3:], indices.mT.shape)]
+    _core.block_mask_transpose(count, indices, *out)
+    assert_lists(out[0], out[1], (some & ~every).mT)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_verdicts_of_random_masks_are_confirmed_by_enumeration(seed: int) -> None:
+    text = _core.expr_simplify(Trees(seed + 1000, "mask").text(4 + seed % 25))
+    captures = captures_of()
+    mask = reference.expr.evaluate(text, captures, dtype=np.float32, **EXTENTS)
+    for block in ((4, 4), (16, 8), (37, 21)):
+        some, every = dense_lists(mask, block)
+        count, indices, full_count, full_indices = lists_of(text, captures, block, **EXTENTS)
+        assert_lists(full_count, full_indices, every)
+        assert_lists(count, indices, some & ~every)

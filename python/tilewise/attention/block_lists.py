@@ -15,8 +15,8 @@ from tilewise.errors import ArgumentError
 from tilewise.expr import Mod
 
 __all__ = [
-    "block_size", "ceil_div", "check_lengths", "dense_mask", "dense_to_ordered", "fill_blocks", "ordered_to_dense",
-    "uses",
+    "block_size", "ceil_div", "check_lengths", "dense_mask", "dense_to_ordered", "dense_values", "fill_blocks",
+    "ordered_to_dense", "uses",
 ]  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def fill_blocks(
 ) -> list[np.ndarray]:
     """``[kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices]`` of a mask program, computed by the core.
 
-    Axes on which the mask does not depend are computed once and broadcast.
+    Axes on which the mask does not depend have an extent of 1: the caller broadcasts.
     """
     if mod.kind != "mask":
         raise ArgumentError(f"expected a mask_mod (b, h, q, k), got a score_mod: {mod}")
@@ -95,7 +95,20 @@ def fill_blocks(
     if not separate_full_blocks:
         dense = ordered_to_dense(arrays[0], arrays[1], columns) | ordered_to_dense(arrays[2], arrays[3], columns)
         arrays = list(dense_to_ordered(dense))
-    return [np.broadcast_to(array, (B, H, *array.shape[2:])) for array in arrays]
+    return arrays
+
+
+def dense_values(mod: Mod, B: int, H: int, Q_LEN: int, KV_LEN: int, score: float = 0.0) -> np.ndarray:
+    """What a program returns for every element, ``[B, H, Q_LEN, KV_LEN]``: bool, or float32 for scores all alike."""
+    batch, heads = (B if uses(mod, "batch") else 1), (H if uses(mod, "head") else 1)
+    shape = (batch, heads, Q_LEN, KV_LEN)
+    captures = [native(name, array) for name, array in zip(mod.names, mod.captures, strict=True)]
+    out = np.zeros(shape, bool if mod.kind == "mask" else np.float32)
+    scores = None if mod.kind == "mask" else np.full(shape, score, np.float32)
+    _core.expr_evaluate(
+        mod.program, captures, out, score=scores, grad=None, batch=batch, heads=heads, queries=Q_LEN, keys=KV_LEN
+    )
+    return np.broadcast_to(out, (B, H, Q_LEN, KV_LEN))
 
 
 def dense_mask(mod: Mod, B: int, H: int, Q_LEN: int, KV_LEN: int) -> np.ndarray:
@@ -103,13 +116,5 @@ def dense_mask(mod: Mod, B: int, H: int, Q_LEN: int, KV_LEN: int) -> np.ndarray:
 
     Of a score program it is False where a score of 0 becomes -inf.
     """
-    batch, heads = (B if uses(mod, "batch") else 1), (H if uses(mod, "head") else 1)
-    shape = (batch, heads, Q_LEN, KV_LEN)
-    captures = [native(name, array) for name, array in zip(mod.names, mod.captures, strict=True)]
-    score = None if mod.kind == "mask" else np.zeros(shape, np.float32)
-    out = np.zeros(shape, bool if mod.kind == "mask" else np.float32)
-    _core.expr_evaluate(
-        mod.program, captures, out, score=score, grad=None, batch=batch, heads=heads, queries=Q_LEN, keys=KV_LEN
-    )
-    kept = out if mod.kind == "mask" else ~np.isneginf(out)
-    return np.broadcast_to(kept, (B, H, Q_LEN, KV_LEN))
+    values = dense_values(mod, B, H, Q_LEN, KV_LEN)
+    return values if mod.kind == "mask" else ~np.isneginf(values)

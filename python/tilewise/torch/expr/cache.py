@@ -122,6 +122,10 @@ def _leaf(name: str, value: Any, seen: Seen, depth: int) -> Any:
         return ("array", id(value))
     if isinstance(value, Mod):
         seen.alive.append(value)
+        for called, capture in zip(value.names, value.captures, strict=True):
+            if isinstance(capture, torch.Tensor):
+                seen.tensors[id(capture)] = capture
+                seen.names.setdefault(id(capture), called)
         return ("mod", id(value))
     if isinstance(value, types.FunctionType | functools.partial):
         home = (getattr(value, "__module__", None) or "").partition(".")[0]

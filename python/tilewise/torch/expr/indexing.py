@@ -97,7 +97,7 @@ def gather_tensor(tensor: torch.Tensor, indices: list[np.ndarray], shape: tuple[
 def _choose(values: np.ndarray, indices: list[nodes.Node]) -> nodes.Node:
     """An element of a small array of nodes at an index that is a node: a chain of ``where``."""
     if not indices:
-        return values[()]
+        return values[()] if isinstance(values, np.ndarray) else values
     index, rest = indices[0], indices[1:]
     if index.op == "int":
         return _choose(values[index.value], rest)

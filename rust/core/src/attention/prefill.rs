@@ -41,14 +41,14 @@ const STEP: usize = 128;
 struct Stage<'s, 'p, 'a, S: Arithmetic> {
     problem: &'p Problem<'a>,
     operands: Operands<'p, 'a, S>,
-    mods: &'s Mods<'p, 'a, S::Acc>,
+    mods: &'s Mods<'a, S::Acc>,
     dropout: Option<Dropout>,
     out: &'s Rows<'s, S>,
     lse: &'s Rows<'s, S::Acc>,
 }
 
 /// Buffers of one thread.
-struct Scratch<S: Arithmetic> {
+struct Scratch<'m, 'a, S: Arithmetic> {
     lines: Vec<S::Unit>,
     panel: Vec<S::Unit>,
     scores: Vec<S::Acc>,
@@ -56,13 +56,13 @@ struct Scratch<S: Arithmetic> {
     sums: Vec<S::Acc>,
     wide: Vec<S::Acc>,
     state: Online<S::Acc>,
-    worker: Worker<S::Acc>,
+    worker: Worker<'m, 'a, S::Acc>,
 }
 
 /// Runs the tiles of `groups`.
 pub fn run<'a, S: Arithmetic>(
     problem: &Problem<'a>,
-    mods: &Mods<'_, 'a, S::Acc>,
+    mods: &Mods<'a, S::Acc>,
     groups: &[(usize, usize)],
     out: &Rows<'_, S>,
     lse: &Rows<'_, S::Acc>,
@@ -81,7 +81,7 @@ pub fn run<'a, S: Arithmetic>(
     let operands = Operands::<S>::forward(problem, serial)?;
     let width = tiles.iter().map(|tile| tile.count).max().unwrap_or(1).next_multiple_of(S::lanes());
     let stage = Stage { problem, operands, mods, dropout: Dropout::of(problem), out, lse };
-    let scratch = || Scratch::<S> {
+    let scratch = || Scratch::<'_, 'a, S> {
         lines: Vec::new(),
         panel: vec![S::Unit::default(); S::units(size.head_dim) * width],
         scores: vec![S::Acc::ZERO; STEP * width],
@@ -94,11 +94,12 @@ pub fn run<'a, S: Arithmetic>(
     threads::for_each(tiles.len(), serial, scratch, |task, scratch| one_tile(&stage, &tiles[task], scratch))
 }
 
-fn one_tile<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, scratch: &mut Scratch<S>) {
+fn one_tile<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, scratch: &mut Scratch<'_, '_, S>) {
     let (problem, table) = (stage.problem, S::Acc::table());
     let size = problem.size;
     let width = tile.count.next_multiple_of(S::lanes());
-    let schedule = Schedule::new(problem, tile, STEP, S::PER_UNIT, stage.mods.has_mask());
+    let mut schedule = Schedule::new(problem, tile, STEP, S::PER_UNIT, stage.mods.has_mask());
+    scratch.worker.prune(tile, &mut schedule.visits);
     {
         let Scratch { lines, panel, .. } = scratch;
         pack_queries::<S>(problem, tile, 0..tile.count, width, lines, panel);
@@ -185,7 +186,7 @@ pub(super) fn pack_queries<S: Arithmetic>(
     S::pack(&sources[..lanes.len()], depth, width, panel);
 }
 
-fn write<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, width: usize, scratch: &mut Scratch<S>) {
+fn write<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, width: usize, scratch: &mut Scratch<'_, '_, S>) {
     let problem = stage.problem;
     let size = problem.size;
     let Scratch { sums, state, wide, .. } = scratch;

@@ -7,6 +7,7 @@
 //! * [`bind`]: a program with its captured arrays; [`plan`]: its steps, sorted by what they depend on;
 //! * [`tile`]: the interpreter over blocks of elements;
 //! * [`verdict`]: whether a block of a mask is empty, full or partial;
+//! * [`grid`]: block masks, torch's lists of partial and full blocks, and their transposes;
 //! * [`dense`]: every element, for tests and for masks that are wanted whole.
 
 pub mod bind;
@@ -15,6 +16,7 @@ pub mod dense;
 mod extremes;
 mod gradient;
 pub mod graph;
+pub mod grid;
 pub mod plan;
 pub mod program;
 mod simplify;
