@@ -7,10 +7,11 @@ it shares nothing with the kernels and nothing with tilewise.reference.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,7 +19,17 @@ from tilewise import _core
 from tilewise.attention.rules import Rules
 from tilewise.torch.attention.operators import attend
 
-FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from torch's threads, which wait for each other in a busy loop. Files take it over by
+    name, and with it its being used everywhere."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 _DROP = 6  # the purpose in the generator's counter (docs/numerics.md)
 
 _UNARY: dict[str, Callable[..., Tensor]] = {

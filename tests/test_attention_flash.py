@@ -19,6 +19,7 @@ _spec = importlib.util.spec_from_file_location("attention_cases", Path(__file__)
 assert _spec is not None and _spec.loader is not None
 cases = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(cases)
+one_torch_thread = cases.one_torch_thread
 DROPOUT = ("q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes",
            "deterministic", "return_attn_probs")  # fmt: skip
 

@@ -25,6 +25,7 @@ _spec = importlib.util.spec_from_file_location("attention_cases", Path(__file__)
 assert _spec is not None and _spec.loader is not None
 cases = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(cases)
+one_torch_thread = cases.one_torch_thread
 
 
 def cut(total: int, *lengths: int) -> Tensor:

@@ -18,6 +18,7 @@ _spec = importlib.util.spec_from_file_location("attention_cases", Path(__file__)
 assert _spec is not None and _spec.loader is not None
 cases = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(cases)
+one_torch_thread = cases.one_torch_thread
 WINDOW = Program("tilewise-expr 1 mask\nquery\nkey\nsub 0 1\nabs 2\nint 2\nle 3 4\nreturn 5\n")
 
 
