@@ -533,3 +533,84 @@ def test_mods_and_functions_mix(torch: Any, trace: Any) -> None:
 
     dense_mask = create_mask(lambda b, h, q, k: mod(b, h, q, k), 1, 1, 7, 7, device="cpu")
     assert torch.equal(dense_mask[0, 0], doc[:, None] == doc)
+
+
+# torch.compile.
+
+HALVES = expr.array(np.array([0.5, 1.5, 2.5], np.float32), "halves")
+HALVED = expr.trace(lambda s, b, h, q, k: s * HALVES[h])
+
+
+@pytest.fixture(scope="module")
+def compiled(torch: Any) -> Any:
+    """Runs a function that makes mods of a tensor under fullgraph, and gives what the graph computed with them."""
+    from tilewise.torch.expr import program_and_captures
+
+    def run(make: Any, kind: str, x: Any) -> tuple[str, list[Any]]:
+        texts: list[str] = []
+
+        def step(x: Any) -> Any:
+            text, captures = program_and_captures(make(x), kind)
+            if not texts or texts[-1] != text:
+                texts.append(text)
+            return [x + 0, *[capture * 2 for capture in captures]]
+
+        torch._dynamo.reset()
+        out = torch.compile(step, fullgraph=True, backend="eager")(x)
+        return texts[-1], [one / 2 for one in out[1:]]
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch about itself
+def test_mods_are_made_inside_a_compiled_function(torch: Any, trace: Any, compiled: Any) -> None:
+    from tilewise import masks, mods
+    from tilewise.attention import and_masks
+
+    x = torch.arange(3.0, requires_grad=True)
+    small = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    mod = trace(lambda s, b, h, q, k: s * 2)
+    documents = masks.document(torch.tensor([0, 1, 1]))
+    narrow = lambda b, h, q, k: small[q] > k  # noqa: E731
+    cases: list[tuple[str, Any]] = [
+        ("score", lambda x: lambda s, b, h, q, k: s + x[h] * 3),
+        ("score", lambda x: lambda s, b, h, q, k, scale=0.5: s * scale),
+        ("score", lambda x: mod),
+        ("score", lambda x: lambda s, b, h, q, k: HALVED(s, b, h, q, k) + HALVES[h]),
+        ("score", lambda x: functools.partial(lambda y, s, b, h, q, k: s + y[h], x)),
+        ("mask", lambda x: narrow),
+        ("mask", lambda x: masks.sliding_window(4)),
+        ("mask", lambda x: and_masks(documents, masks.causal(), lambda b, h, q, k: x[q] > 1)),
+        ("score", lambda x: mods.head_bias(x)),
+    ]
+    for kind, make in cases:
+        eager = trace(make(x), kind)
+        text, captures = compiled(make, kind, x)
+        assert text == eager.program
+        assert len(captures) == len(eager.captures)
+        for one, other in zip(captures, map(torch.as_tensor, eager.captures), strict=True):
+            assert torch.equal(one, other)
+            assert one.requires_grad == other.requires_grad
+
+
+class Holder:
+    """What a model does that reads its parameter inside the mod."""
+
+    def __init__(self, torch: Any) -> None:
+        self.module = torch.nn.Linear(3, 3)
+
+    def make(self, x: Any) -> Any:
+        module = self.module
+        return lambda s, b, h, q, k: s + module.bias[h]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_made_inside_a_compiled_function(torch: Any, compiled: Any) -> None:
+    holder = Holder(torch)
+    for make, message in (
+        (lambda x: lambda s, b, h, q, k: s + x.exp()[h], "compute the tensor before and capture it"),
+        (holder.make, r"capture the tensor by a local variable"),
+        (lambda x: lambda s, b, h, q, k: s if q > k else 0 * s, "truth value of `q > k`"),
+    ):
+        with pytest.raises(Exception, match=message):
+            compiled(make, "score", torch.ones(3))

@@ -82,7 +82,7 @@ def run_show(options: Options) -> int:
     else:
         raise ArgumentError(f"there is no mask or mod {options.name!r}; `tilewise mask list` shows all of them")
     if options.plot is not None:
-        _draw(options)
+        _draw(options, options.plot)
     if options.as_json:
         print(json.dumps(about))
     else:
@@ -100,14 +100,14 @@ def _about_mask(found: MaskPicture) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _draw(options: Options) -> None:
+def _draw(options: Options, place: Path) -> None:
     from tilewise import plot
 
     if options.name in masks.EXAMPLES:
         axes = plot.mask(options.name, options.queries, options.keys, options.block, head=options.head)
     else:
         axes = plot.mod(options.name, options.queries or 64, options.keys or 64, head=options.head)
-    axes.figure.savefig(options.plot)
+    axes.figure.savefig(place)  # type: ignore[union-attr]
 
 
 def _print(found: MaskPicture | ModPicture, about: dict[str, Any], options: Options) -> None:

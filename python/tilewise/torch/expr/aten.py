@@ -60,10 +60,10 @@ def _in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise UnsupportedError(f"{name}_ writes into a tensor with axes; write x = x + y for x += y{where_from()}")
     if not torch.can_cast(result.dtype, target.dtype):
         raise UnsupportedError(
-            f"`{result.values.item()!r}` is {result.dtype} and cannot be written into {target.dtype}; "
+            f"`{result.graph.item()!r}` is {result.dtype} and cannot be written into {target.dtype}; "
             f"write x = x + y for x += y{where_from()}"
         )
-    target.values = box(nodes.cast(result.values.item(), class_of_dtype(target.dtype)))
+    target.graph = box(nodes.cast(result.graph.item(), class_of_dtype(target.dtype)))
     return target
 
 
@@ -137,7 +137,7 @@ def _decompose(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _unsupported(func: Any, args: tuple[Any, ...]) -> UnsupportedError:
     def shown(value: Any) -> str:
         if isinstance(value, SymbolTensor):
-            return repr(value.values.flat[0]) if not value.values.ndim else f"tensor{list(value.shape)}"
+            return repr(value.graph.flat[0]) if not value.graph.ndim else f"tensor{list(value.shape)}"
         if isinstance(value, torch.Tensor):
             return current().names.get(id(value), f"tensor{list(value.shape)}")
         return repr(value)
@@ -478,7 +478,7 @@ def _reduce(function: Callable[[Node, Node], Node], empty: Any) -> Rule:
             row = list(rows[place])
             if not row and empty is None:
                 raise UnsupportedError("a reduction of no elements has no value")
-            result[place] = reduce(function, row) if row else nodes.fill(empty, class_of_dtype(out.dtype))
+            result[place] = reduce(function, row) if row else nodes.fill(empty or 0, class_of_dtype(out.dtype))
         return result.reshape(tuple(out.shape))
 
     return rule

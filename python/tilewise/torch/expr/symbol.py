@@ -92,22 +92,22 @@ def box(node: Node) -> np.ndarray:
 class SymbolTensor(torch.Tensor):
     """A tensor whose elements are nodes; it has a shape and a type, and no data."""
 
-    values: np.ndarray
+    graph: np.ndarray
     meta: torch.Tensor
 
     @staticmethod
     def __new__(cls, values: np.ndarray, dtype: torch.dtype, device: torch.device) -> SymbolTensor:
         self = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=dtype, device=device)
-        self.values = values
+        self.graph = values
         self.meta = torch.empty(values.shape, dtype=dtype, device="meta")
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        if not self.values.ndim:
-            return f"SymbolTensor({self.values.item()!r})"
-        return f"SymbolTensor({list(self.values.shape)}: {self.values.flat[0]!r}, ...)" if self.values.size else "[]"
+        if not self.graph.ndim:
+            return f"SymbolTensor({self.graph.item()!r})"
+        return f"SymbolTensor({list(self.graph.shape)}: {self.graph.flat[0]!r}, ...)" if self.graph.size else "[]"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -193,11 +193,11 @@ class Recorder(TorchFunctionMode):
     def _refuse(name: str, func: Any, tensors: list[torch.Tensor]) -> None:
         if name in _TRUTHS:
             symbol = next(x for x in tensors if isinstance(x, SymbolTensor))
-            raise UnsupportedError(f"{truth_error(symbol.values.flat[0])}{where_from()}")
+            raise UnsupportedError(f"{truth_error(symbol.graph.flat[0])}{where_from()}")
         if name in _VALUES:
             symbol = next(x for x in tensors if isinstance(x, SymbolTensor))
             raise UnsupportedError(
-                f"`{symbol.values.flat[0]!r}` has no value while the function is traced, so {name}() of it has none; "
+                f"`{symbol.graph.flat[0]!r}` has no value while the function is traced, so {name}() of it has none; "
                 "keep computing with tensors (torch.exp for math.exp), and capture tables as torch tensors or by "
                 f"tilewise.expr.array(x){where_from()}"
             )
@@ -237,7 +237,7 @@ def elements(value: Any) -> np.ndarray:
         UnsupportedError: a tensor of more than :data:`LIMIT` elements.
     """
     if isinstance(value, SymbolTensor):
-        return value.values
+        return value.graph
     if isinstance(value, bool | int | float):
         return box(nodes.constant(value))
     if not isinstance(value, torch.Tensor):

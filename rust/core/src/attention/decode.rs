@@ -232,7 +232,7 @@ fn weigh<T: Kernel + FloatLane>(
     if visit.partial {
         schedule.mask(visit, scores, 1, visit.len, blank);
     }
-    if visit.program {
+    if visit.program.1 > 0 {
         worker.mask_rows(tile, keys.clone(), scores, visit.len, blank);
     }
     // Asked before the scores become weights.

@@ -94,6 +94,10 @@ impl<'a, T: FloatLane> Mods<'a, T> {
     }
 }
 
+/// Parts of a visit that are asked about, and the fewest keys in one: asking must cost less than computing them.
+const PARTS: usize = 4;
+const TRIMMED: usize = 16;
+
 /// Evaluates the programs for the tiles of one thread.
 pub struct Worker<'m, 'a, T> {
     score: Option<Evaluator<'m, 'a, T>>,
@@ -131,8 +135,9 @@ impl<T: FloatLane> Worker<'_, '_, T> {
         }
     }
 
-    /// Leaves out visits that the mask program empties, and frees those that it leaves whole, by bounds alone.
-    pub fn prune(&mut self, tile: &Tile, visits: &mut Vec<Visit>) {
+    /// Leaves out visits that the mask program empties, frees those that it leaves whole, and of the others cuts empty ends off and
+    /// finds the keys that it must be evaluated for, by bounds alone. What is left starts on a multiple of `unit`.
+    pub fn prune(&mut self, tile: &Tile, visits: &mut Vec<Visit>, unit: usize) {
         let Some(classifier) = &mut self.classifier else { return };
         let (first, last) = (tile.at(0), tile.at(tile.count - 1));
         let heads = tile.head..(tile.head + tile.pack.min(tile.count));
@@ -142,14 +147,37 @@ impl<T: FloatLane> Worker<'_, '_, T> {
             region.heads = tile.head..tile.head + tile.pack;
         }
         visits.retain_mut(|visit| {
-            if !visit.program {
+            if visit.program.1 == 0 {
                 return true;
             }
-            region.keys = visit.start..visit.start + visit.len;
-            match classifier.classify(&region, false) {
+            let mut look = |keys: Range<usize>| {
+                region.keys = keys;
+                classifier.classify(&region, false)
+            };
+            let end = visit.start + visit.len;
+            match look(visit.start..end) {
                 Verdict::Empty => return false,
-                Verdict::Full => visit.program = false,
-                Verdict::Partial => {}
+                Verdict::Full => visit.program = (0, 0),
+                Verdict::Partial => {
+                    let part = visit.len.div_ceil(PARTS).next_multiple_of(unit).max(TRIMMED);
+                    let bounds = |i: usize| visit.start + i * part..end.min(visit.start + (i + 1) * part);
+                    let count = visit.len.div_ceil(part);
+                    let verdicts: [Verdict; PARTS] =
+                        std::array::from_fn(|i| if i < count { look(bounds(i)) } else { Verdict::Empty });
+                    let range = |keep: fn(&Verdict) -> bool| {
+                        let first = verdicts.iter().position(keep)?;
+                        Some(bounds(first).start..bounds(verdicts.iter().rposition(keep)?).end)
+                    };
+                    // Empty parts between others are asked about, as partial ones are.
+                    let Some(kept) = range(|verdict| *verdict != Verdict::Empty) else { return false };
+                    let inside = |i: usize| bounds(i).start >= kept.start && bounds(i).end <= kept.end;
+                    let mut asked = (0..count).filter(|&i| inside(i) && verdicts[i] != Verdict::Full);
+                    let first = asked.next();
+                    let last = asked.last().or(first);
+                    let asked = first.zip(last).map_or(0..0, |(first, last)| bounds(first).start..bounds(last).end);
+                    visit.program = (asked.start.saturating_sub(kept.start), asked.len());
+                    (visit.start, visit.len) = (kept.start, kept.len());
+                }
             }
             true
         });

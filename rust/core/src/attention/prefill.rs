@@ -99,7 +99,7 @@ fn one_tile<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, scratch: &
     let size = problem.size;
     let width = tile.count.next_multiple_of(S::lanes());
     let mut schedule = Schedule::new(problem, tile, STEP, S::PER_UNIT, stage.mods.has_mask());
-    scratch.worker.prune(tile, &mut schedule.visits);
+    scratch.worker.prune(tile, &mut schedule.visits, S::PER_UNIT);
     {
         let Scratch { lines, panel, .. } = scratch;
         pack_queries::<S>(problem, tile, 0..tile.count, width, lines, panel);
@@ -111,6 +111,7 @@ fn one_tile<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, scratch: &
     let depth = S::units(size.head_dim);
     let queries = Matrix::new(&panel[..depth * width], depth, width, width);
     let factor = exponent::<S::Acc>(problem, stage.mods.has_score());
+    let finite = stage.operands.are_finite(tile);
     for &visit in &schedule.visits {
         let keys = visit.start..visit.start + visit.len;
         let scores = &mut scores[..visit.len * width];
@@ -122,8 +123,10 @@ fn one_tile<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, scratch: &
         if visit.partial {
             schedule.mask(visit, scores, width, 1, finish::blank(factor));
         }
-        if visit.program {
-            worker.mask(keys.clone(), scores, width, finish::blank(factor));
+        if visit.program.1 > 0 {
+            let (from, count) = visit.program;
+            let part = &mut scores[from * width..(from + count) * width];
+            worker.mask(visit.asked(), part, width, finish::blank(factor));
         }
         if let Some(dropout) = &stage.dropout {
             if table.softmax(scores, visit.len, width, factor, state) {
@@ -136,7 +139,7 @@ fn one_tile<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, scratch: &
         }
         let units = S::units(visit.len);
         let weights = S::weights(scores, weights, units * width);
-        if visit.is_masked() && !finite_values::<S>(problem, tile, visit) {
+        if visit.is_masked() && !finite && !finite_values::<S>(problem, tile, visit) {
             without_poison(stage, tile, visit, weights, width, sums);
         } else {
             S::tile(stage.operands.values(tile, keys), Matrix::new(weights, units, width, width), sums, width, true);
@@ -233,8 +236,8 @@ fn without_poison<S: Arithmetic>(
     let schedule = Schedule::new(problem, tile, STEP, S::PER_UNIT, stage.mods.has_mask());
     let mut kept = vec![S::Acc::ZERO; visit.len * width];
     schedule.mask(visit, &mut kept, width, 1, S::Acc::ONE);
-    if visit.program {
-        worker.mask(keys.clone(), &mut kept, width, S::Acc::ONE);
+    if visit.program.1 > 0 {
+        worker.mask(visit.asked(), &mut kept[visit.program.0 * width..], width, S::Acc::ONE);
     }
     let mut clean = Vec::with_capacity(visit.len * dim);
     tile.values(problem).runs::<S>(keys, |key, run| {
@@ -242,7 +245,7 @@ fn without_poison<S: Arithmetic>(
             let k = key + i - visit.start;
             for c in 0..dim {
                 let value = run.at(i, c);
-                let poison = !value.widen().f64().is_finite();
+                let poison = value.is_special();
                 clean.push(if poison { S::narrow(S::Acc::ZERO) } else { value });
                 for lane in 0..tile.count {
                     if poison && kept[k * width + lane] == S::Acc::ZERO {

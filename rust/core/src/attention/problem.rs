@@ -195,6 +195,17 @@ impl<'a> Problem<'a> {
         Ok(Self { query, key, value, rules, sinks, sequences, pages, blocks, size, dtype })
     }
 
+    /// Whether some query may not attend some key.
+    pub(crate) fn hides_keys(&self) -> bool {
+        let rules = &self.rules;
+        let bounds = rules.causal || rules.left.is_some() || rules.right.is_some();
+        bounds
+            || rules.mask.is_some()
+            || rules.block_indices.is_some()
+            || self.blocks.is_some()
+            || rules.mask_mod.is_some()
+    }
+
     /// Query heads in a packed row group.
     pub(crate) fn pack(&self) -> usize {
         if self.blocks.as_ref().is_some_and(Blocks::by_head) { 1 } else { self.size.group() }

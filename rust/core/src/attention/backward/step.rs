@@ -86,7 +86,7 @@ pub(super) fn one_tile<S: Arithmetic>(
     let problem = stage.problem;
     let width = tile.count.next_multiple_of(S::lanes());
     let mut schedule = Schedule::new(problem, tile, STEP, S::PER_UNIT, stage.mods.has_mask());
-    scratch.worker.prune(tile, &mut schedule.visits);
+    scratch.worker.prune(tile, &mut schedule.visits, S::PER_UNIT);
     scratch.prepare(stage, tile, width, partial);
     scratch.worker.tile(tile);
     scratch.sums[..width * stage.key_width].fill(S::Acc::ZERO);
@@ -184,8 +184,10 @@ impl<S: Arithmetic> Scratch<'_, '_, S> {
         if visit.partial {
             schedule.mask(visit, scores, width, 1, finish::blank(factor));
         }
-        if visit.program {
-            self.worker.mask(keys.clone(), scores, width, finish::blank(factor));
+        if visit.program.1 > 0 {
+            let (from, count) = visit.program;
+            let part = &mut scores[from * width..(from + count) * width];
+            self.worker.mask(visit.asked(), part, width, finish::blank(factor));
         }
         if tile.count < width {
             // Lanes that are not there: 0 * NaN of a key is a score too.
