@@ -37,8 +37,8 @@ def _mod_of_mask(block_mask: Any) -> Mod:
 
 
 # torch.compile does not follow a trace, so one within a graph breaks it; a Mod, or a mask that has one, does not.
-_mod_apart = torch.compiler.disable(_mod)
-_mod_of_mask_apart = torch.compiler.disable(_mod_of_mask)
+_mod_apart: Any = torch.compiler.disable(_mod)
+_mod_of_mask_apart: Any = torch.compiler.disable(_mod_of_mask)
 
 
 def traced(function: Any, kind: str) -> Program:

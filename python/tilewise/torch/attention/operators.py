@@ -232,7 +232,8 @@ def attend(
                 f"mask_mod: captured tensor {number} requires a gradient, and a mask has none; detach it, or write the "
                 "rule as a score_mod"
             )
-    refuse_device(query=query, key=key, value=value, **{name: fields.get(name) for name in _TENSORS[:-1]})
+    optional: dict[str, Any] = {name: fields.get(name) for name in _TENSORS[:-1]}
+    refuse_device(query=query, key=key, value=value, **optional)
     dtype = autocast_dtype(query.device.type)
     if dtype is not None:  # as torch does, double precision is left alone
         query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
