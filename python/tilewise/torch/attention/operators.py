@@ -198,6 +198,12 @@ def random_seed(dropout: float) -> Tensor | None:
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64) if dropout > 0 else None
 
 
+def _captured(program: Program) -> list[Tensor]:
+    """Captures as the core reads them: small integers, which programs may capture too, become int64."""
+    small = (torch.int8, torch.int16, torch.uint8)
+    return [x.long() if x.dtype in small else x for x in program.captures]
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -247,7 +253,7 @@ def attend(
     }
     fields = defaults | fields
     fields |= {"score_mod": score.text or None, "mask_mod": keep.text or None, "threshold": threshold}
-    fields |= {"score_captures": list(score.captures), "mask_captures": list(keep.captures)}
+    fields |= {"score_captures": _captured(score), "mask_captures": _captured(keep)}
     head_dim = query.shape[3]
     fields["scale"] = float(scale) if scale is not None else head_dim**-0.5 if head_dim else 0.0
     unknown = fields.keys() - set(_FIELDS)
