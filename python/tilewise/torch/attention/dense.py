@@ -13,6 +13,7 @@ from tilewise.attention.options import (
     AttentionOptions,
     check_blocks,
     check_dropout,
+    check_seed,
     check_sequences,
     expand_mask,
     window_bounds,
@@ -67,7 +68,8 @@ def as_seed(seed: int | Tensor | None, dropout: float) -> Tensor | None:
         if seed.numel() != 1 or seed.dtype != torch.int64:
             raise ArgumentError(f"seed: expected an integer or one int64, got {seed.dtype} {list(seed.shape)}")
         return seed.reshape(())
-    return torch.tensor(int(seed), dtype=torch.int64)
+    seed = check_seed(seed)
+    return torch.tensor(seed if seed < 2**63 else seed - 2**64, dtype=torch.int64)
 
 
 @overload

@@ -53,7 +53,7 @@ def rules_of(arguments: Sequence[Any]) -> Rules:
     for name in _LISTS:
         fields[name] = [capture.detach() for capture in fields[name]]
     seed = fields["seed"]
-    fields["seed"] = 0 if seed is None else int(seed)
+    fields["seed"] = 0 if seed is None else int(seed) % 2**64  # the bits of an int64
     return Rules(**fields)
 
 
