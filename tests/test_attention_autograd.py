@@ -18,7 +18,7 @@ from torch import Tensor
 
 import tilewise.torch as twt
 from tilewise.attention.programs import added_bias
-from tilewise.errors import ArgumentError, UnsupportedError
+from tilewise.errors import ArgumentError, DeviceError, UnsupportedError
 from tilewise.torch.attention.operators import attend
 from tilewise.torch.expr import trace
 
@@ -245,3 +245,30 @@ def test_what_is_refused_says_why() -> None:
         twt.attention(query, key, value, mask=torch.ones(3, 4, dtype=torch.bool), sequences=rows)
     with pytest.raises(ArgumentError, match="block_table: expected `sequences`"):
         twt.attention(query, key, value, block_table=torch.zeros(1, 1, dtype=torch.int32))
+    meta = torch.zeros(4, device="meta")
+    with pytest.raises(DeviceError, match="sinks: expected a tensor on cpu as query, got meta"):
+        twt.attention(query, key, value, sinks=meta)
+    with pytest.raises(DeviceError, match="score_mod capture 0: expected a tensor on cpu"):
+        twt.attention(query, key, value, score_mod=lambda s, b, h, q, k: s + meta[h])
+
+
+@pytest.mark.gpu
+def test_group_32_streams_and_graphs(torch_cuda: Any) -> None:
+    """On a GPU the kernels run on torch's current stream, and a CUDA graph can capture them."""
+    operands = [x.detach().half().cuda() for x in cases.draw(1, 4, 2, 200, 200, 64)]
+    want = twt.attention(*operands, causal=True)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(10_000_000)  # what the kernel must wait for
+        scaled = [x * 1.0 for x in operands]
+        got = twt.attention(*scaled, causal=True)
+    side.synchronize()
+    assert torch.equal(got, want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = twt.attention(*operands, causal=True)
+    captured.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, want)

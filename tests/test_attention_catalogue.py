@@ -59,7 +59,7 @@ def test_gradients_of_every_mask(name: str) -> None:
     """gradcheck in float64 through a block mask, and every gradient against autograd on the dense mask."""
     function, queries, keys = small(name)
     mask = twt.create_block_mask(function, None, None, queries, keys, "cpu", BLOCK_SIZE=4)
-    operands = cases.draw(1, 2, 1, queries, keys, 3, 2)
+    operands = cases.draw(1, 1, 1, queries, keys, 3, 2)  # some masks have a table for one head
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = twt.flex_attention(query, key, value, block_mask=mask, enable_gqa=True, return_lse=True)

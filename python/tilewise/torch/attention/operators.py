@@ -17,7 +17,7 @@ from torch import Tensor
 from tilewise import _core
 from tilewise.attention.programs import Program
 from tilewise.attention.rules import Rules
-from tilewise.errors import ArgumentError, ShapeError, UnsupportedError
+from tilewise.errors import ArgumentError, DeviceError, ShapeError, UnsupportedError
 from tilewise.torch._library import autocast_dtype, define, differentiate, refuse_device
 
 __all__ = ["attend", "random_seed", "rules_of"]
@@ -83,7 +83,11 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, T
 
 
 _forward = define(
-    "attention", f"(Tensor query, Tensor key, Tensor value, {_ARGUMENTS}) -> (Tensor, Tensor)", _kernel, _fake
+    "attention",
+    f"(Tensor query, Tensor key, Tensor value, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    _kernel,
+    _fake,
+    cuda=("tilewise.cuda.attention.operators", "forward_operator"),
 )
 
 
@@ -136,6 +140,7 @@ _backward = define(
     f"{_ARGUMENTS}, bool[] wanted) -> Tensor[]",
     _backward_kernel,
     _backward_fake,
+    cuda=("tilewise.cuda.attention.operators", "backward_operator"),
 )
 
 _FIRST_LIST = 3 + len(_TENSORS)
@@ -204,6 +209,14 @@ def _captured(program: Program) -> list[Tensor]:
     return [x.long() if x.dtype in small else x for x in program.captures]
 
 
+def _check_together(device: torch.device, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise DeviceError(
+                f"{name}: expected a tensor on {device} as query, got {tensor.device}; use x.to(query.device)"
+            )
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -225,7 +238,7 @@ def attend(
         fields: other fields of :class:`~tilewise.attention.rules.Rules`; the seed as a tensor.
 
     Raises:
-        ShapeError: not of rank 4. DeviceError: on a device that no kernel of this build takes.
+        ShapeError: not of rank 4. DeviceError: on a device that no kernel of this build takes, or on several.
         UnsupportedError: a captured tensor of the mask program that requires a gradient.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -239,7 +252,10 @@ def attend(
                 "rule as a score_mod"
             )
     optional: dict[str, Any] = {name: fields.get(name) for name in _TENSORS[:-1]}
-    refuse_device(query=query, key=key, value=value, **optional)
+    refuse_device(cuda=True, query=query, key=key, value=value, **optional)
+    _check_together(query.device, key=key, value=value, **optional)
+    for kind, program in (("score_mod", score), ("mask_mod", keep)):
+        _check_together(query.device, **{f"{kind} capture {at}": x for at, x in enumerate(program.captures)})
     dtype = autocast_dtype(query.device.type)
     if dtype is not None:  # as torch does, double precision is left alone
         query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
