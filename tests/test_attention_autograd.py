@@ -180,15 +180,30 @@ def test_compiled_in_one_graph(dynamic: bool) -> None:
             assert (x is None and y is None) or torch.equal(x, y), name
 
 
-def test_compiled_functions_break_the_graph_and_agree() -> None:
-    table = torch.randn(4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    operands = cases.draw(1, 4, 4, 9, 12, 8, dtype=torch.float32)
+@pytest.mark.filterwarnings("ignore")  # of torch about itself
+def test_functions_and_torchs_block_masks_compile_in_one_graph() -> None:
+    """Mods made inside of the region, of values of the graph; torch's BlockMask; gradients of what they captured."""
+    table = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    operands = cases.draw(1, 4, 2, 9, 12, 8)
+    theirs = torch.nn.attention.flex_attention.create_block_mask(causal, None, None, 9, 12, device="cpu", BLOCK_SIZE=4)
 
-    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return twt.flex_attention(query, key, value, lambda s, b, h, q, k: s + table[h] * (k - q))
+    def run(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
+        scaled = table * 2
+
+        def score(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+            return s + scaled[h] * (k - q)
+
+        return twt.flex_attention(query, key, value, score, theirs, enable_gqa=True)
 
     torch._dynamo.reset()
-    assert torch.equal(torch.compile(run, backend="aot_eager")(*operands), run(*operands))
+    want, got = run(*operands, table), torch.compile(run, fullgraph=True, backend="aot_eager")(*operands, table)
+    assert torch.equal(want, got)
+    found = [torch.autograd.grad(x.square().sum(), [*operands, table]) for x in (want, got)]
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+def causal(b: Any, h: Any, q: Any, k: Any) -> Any:
+    return q >= k
 
 
 def test_compiled_dropout_draws_a_new_seed_each_time() -> None:

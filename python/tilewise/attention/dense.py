@@ -73,6 +73,7 @@ def _prepared(query: Any, key: Any, value: Any, options: AttentionOptions) -> tu
         mask=get("mask"), block_indices=get("block_indices"), block_mask=get("block_mask"),
     )  # fmt: skip
     score = with_softcap(get("softcap", 0.0), program_of(get("score_mod"), "score", _trace)) or Program("")
+    _ = getattr(get("block_mask"), "mod", None)  # traced once, here or before
     keep, blocks = block_fields(get("block_mask"), get("mask_mod"), shape, _trace)
     keep = keep or Program("")
     scale = get("scale")

@@ -53,8 +53,8 @@ def block_fields(
         name: getattr(block_mask, name)
         for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
     }
-    # Ours is traced already (once, when it was made); torch's is a function.
-    mod = getattr(block_mask, "mod", None)
+    # Ours is traced (once, at the latest by the fronts); torch's is a function.
+    mod = getattr(block_mask, "_mod", None)
     program = program_of(block_mask.mask_mod if mod is None else mod, "mask", trace)
     if min(query_block, key_block) >= 2**30:  # torch's way to say "no mask"
         return both(program, None), {}

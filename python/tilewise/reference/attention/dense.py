@@ -188,7 +188,8 @@ def attention_backward(
     """Gradients of a loss whose gradients by :func:`attention`'s results are `grad_out` and `grad_lse`.
 
     Arguments as in :func:`attention`; `score_gradient` is the gradient program of `score_mod` (the core derives it;
-    :func:`tilewise.reference.expr.gradients` says what it means). A row that sees no key has no gradient (but its sink's share of `grad_lse`).
+    :func:`tilewise.reference.expr.gradients` says what it means). A row that sees no key has no gradient (but its
+    sink's share of `grad_lse`).
 
     Example:
         >>> import numpy as np

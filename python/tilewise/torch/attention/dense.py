@@ -21,42 +21,24 @@ from tilewise.attention.options import (
 )
 from tilewise.attention.programs import Program
 from tilewise.errors import ArgumentError
-from tilewise.expr import Mod
 from tilewise.torch.attention.blocks import coerce
 from tilewise.torch.attention.operators import attend, random_seed
-from tilewise.torch.expr import trace
+from tilewise.torch.expr import program_and_captures
 
 __all__ = ["attention", "tensor_mask", "traced"]
 
 
-def _mod(function: Any, kind: str) -> Mod:
-    return trace(function, kind)
-
-
-def _mod_of_mask(block_mask: Any) -> Mod:
-    return block_mask.mod
-
-
-# torch.compile does not follow a trace, so one within a graph breaks it; a Mod, or a mask that has one, does not.
-_mod_apart: Any = torch.compiler.disable(_mod)
-_mod_of_mask_apart: Any = torch.compiler.disable(_mod_of_mask)
-
-
 def traced(function: Any, kind: str) -> Program:
-    """The program of a torch function or a Mod."""
-    if isinstance(function, Mod) and function.kind == kind:
-        mod = function
-    else:
-        mod = _mod_apart(function, kind) if torch.compiler.is_compiling() else _mod(function, kind)
-    return Program(mod.program, tuple(mod.captures))
+    """The program of a torch function or a Mod; within torch.compile too, without a break of the graph."""
+    return Program(*program_and_captures(function, kind))
 
 
 def tensor_mask(block_mask: Any) -> Any:
     """A block mask whose arrays are tensors; the NumPy floor's is taken over, others stay as they are."""
     if isinstance(block_mask, BlockMask) and not isinstance(block_mask.kv_num_blocks, Tensor):
         return coerce(block_mask)
-    if isinstance(block_mask, BlockMask) and block_mask._mod is None and torch.compiler.is_compiling():
-        _mod_of_mask_apart(block_mask)
+    if isinstance(block_mask, BlockMask) and not torch.compiler.is_compiling():
+        _ = block_mask.mod  # traced once, here or before
     return block_mask
 
 

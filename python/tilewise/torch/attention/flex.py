@@ -61,6 +61,9 @@ def flex_attention(
         kernel_options: accepted; torch's options choose tiles, which tilewise chooses itself. Unknown ones warn.
         return_aux: what to return beside the result.
 
+    Under torch.compile the call is one operator of the graph, whatever the functions do; there is nothing to compile in
+    eager code.
+
     Returns:
         ``[B, Hq, L, Ev]``; with `return_aux` a pair with ``AuxOutput(lse, max_scores)``, with `return_lse` a pair with
         the LSE ``[B, Hq, L]`` (natural log, float32; float64 for float64). Nothing to attend gives 0 and -inf.
