@@ -1,7 +1,9 @@
 """PyTorch front: the rooms as custom operators, for eager code and torch.compile.
 
 ``import tilewise.torch as twt``; every function takes and returns torch tensors and keeps the names of the NumPy floor:
-``twt.attention``, ``twt.matmul``, ``twt.moe.route``, ``twt.moe.experts``, ``twt.speculation.verify``.
+``twt.attention``, ``twt.matmul``, ``twt.moe.route``, ``twt.moe.experts``, ``twt.speculation.verify``. Beside them stand
+the names that users have already: ``twt.flex_attention`` and ``twt.create_block_mask`` (torch's), ``twt.flash_attn_func``
+and its family (flash_attn 2's), ``twt.scaled_dot_product_attention`` (torch's).
 
 This package is the only place that imports torch.
 """
@@ -18,18 +20,50 @@ except ImportError as error:
     ) from error
 
 from tilewise.torch import moe, speculation
-from tilewise.torch.attention import attention
-from tilewise.torch.gemm import matmul
-
-__all__ = ["attention", "matmul", "moe", "speculation"]
-
-from tilewise.torch.attention.blocks import (
+from tilewise.torch.attention import (
+    AuxOutput,
+    AuxRequest,
     BlockMask,
     and_masks,
+    attention,
     create_block_mask,
     create_mask,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+    flex_attention,
+    merge_attention,
     noop_mask,
     or_masks,
+    scaled_dot_product_attention,
 )
+from tilewise.torch.gemm import matmul
 
-__all__ += ["BlockMask", "and_masks", "create_block_mask", "create_mask", "noop_mask", "or_masks"]
+__all__ = [
+    "AuxOutput",
+    "AuxRequest",
+    "BlockMask",
+    "and_masks",
+    "attention",
+    "create_block_mask",
+    "create_mask",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "flex_attention",
+    "matmul",
+    "merge_attention",
+    "moe",
+    "noop_mask",
+    "or_masks",
+    "scaled_dot_product_attention",
+    "speculation",
+]
