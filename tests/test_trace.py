@@ -614,3 +614,50 @@ def test_what_cannot_be_made_inside_a_compiled_function(torch: Any, compiled: An
     ):
         with pytest.raises(Exception, match=message):
             compiled(make, "score", torch.ones(3))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lengths_that_vary_under_compile(torch: Any, trace: Any) -> None:
+    """Extents of captures, and numbers made of extents, are part of the program; other lengths trace anew."""
+    from tilewise.torch.expr import program_and_captures
+
+    texts: list[str] = []
+
+    def step(x: Any) -> Any:
+        width = x.shape[0] - 1
+        text, (table,) = program_and_captures(lambda s, b, h, q, k: s + x[(q - k) % x.shape[0]] * width, "score")
+        texts.append(text)
+        return table * 1
+
+    torch._dynamo.reset()
+    run = torch.compile(step, fullgraph=True, backend="eager", dynamic=True)
+    for length in (3, 5, 3, 7):
+        x = torch.arange(float(length))
+        assert torch.equal(run(x), x)
+        width = length - 1
+        eager = trace(lambda s, b, h, q, k, x=x, width=width: s + x[(q - k) % x.shape[0]] * width)
+        assert eager.program in texts
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_traces_stand_apart_from_what_runs_around_them(torch: Any, trace: Any) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    scale = torch.nn.Parameter(torch.tensor(2.0))
+    cases = [lambda s, b, h, q, k, n=n: torch.where(q - k < n, s, -math.inf) * scale for n in range(6)]
+    programs_found = []
+    with torch.inference_mode():
+        programs_found.append(trace(cases[0]))
+    with torch.no_grad():
+        programs_found.append(trace(cases[1]))
+    with torch.autocast("cpu"):
+        programs_found.append(trace(cases[2]))
+    with FakeTensorMode():
+        programs_found.append(trace(cases[3]))
+    make_fx(lambda x: (programs_found.append(trace(cases[4])), x + 1)[1], tracing_mode="fake")(torch.ones(2))
+    programs_found.append(trace(cases[5]))
+    assert [mod.program.replace("int 0", f"int {n}") for n, mod in enumerate([programs_found[0]] * 6)] == [
+        mod.program for mod in programs_found
+    ]
+    assert all(mod.captures[0] is scale for mod in programs_found)
