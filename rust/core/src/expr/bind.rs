@@ -2,6 +2,8 @@
 
 use super::bounds::{Region, Span, spans};
 use super::extremes::Extremes;
+use super::graph::Node;
+use super::lower::lowered;
 use super::plan::Plan;
 use super::program::{CaptureSpec, Program};
 use super::table::{Class, Op};
@@ -118,7 +120,10 @@ impl<'a, T: FloatLane> Bound<'a, T> {
             keys: 0..extents.keys.max(1),
         };
         let mut all = Vec::new();
-        spans(bound.program.nodes(), &everything, |node, _| bound.whole(node.bits as usize), T::rounded, &mut all);
+        let gather = |bound: &Self, node: &Node| bound.whole(node.bits as usize);
+        spans(bound.program.nodes(), &everything, |node, _| gather(&bound, node), T::rounded, &mut all);
+        bound.program = lowered(&bound.program, &all, if size_of::<T>() == 4 { 1 << 24 } else { 1 << 53 });
+        spans(bound.program.nodes(), &everything, |node, _| gather(&bound, node), T::rounded, &mut all);
         bound.plan = Plan::new(&bound.program, &all);
         Ok(bound)
     }

@@ -376,7 +376,7 @@ impl Rewriter {
             Op::And if known == Some(false) => b,
             Op::Or if known == Some(false) || Some(a) == b => Some(a),
             Op::Or if known == Some(true) => b,
-            Op::And | Op::Or if self.opposite(a, b?) => Some(self.constant(Value::Bool(node.op == Op::Or))),
+            Op::And | Op::Or if self.opposite(a, b?) || self.opposite(b?, a) => Some(self.constant(Value::Bool(node.op == Op::Or))),
             Op::Xor if known == Some(false) => Some(a),
             Op::Xor if known == Some(true) => Some(self.make(Op::Not, &[a])),
             Op::Xor if Some(a) == b => Some(self.constant(Value::Bool(false))),
@@ -385,8 +385,18 @@ impl Rewriter {
         }
     }
 
+    /// Whether one is true exactly where the other is false.
     fn opposite(&self, a: u32, b: u32) -> bool {
-        [(a, b), (b, a)].into_iter().any(|(a, b)| self.op(a) == Op::Not && self.arg(a, 0) == b)
+        let order = |a: u32, b: u32| {
+            let whole = self.op(a) == Op::Lt && self.class(self.arg(a, 0)) == Class::Int;
+            let turned = |b: u32| self.arg(a, 0) == self.arg(b, 1) && self.arg(a, 1) == self.arg(b, 0);
+            whole && self.op(b) == Op::Le && turned(b)
+        };
+        let equality = self.op(a) == Op::Eq
+            && self.op(b) == Op::Ne
+            && self.graph.nodes[a as usize].args == self.graph.nodes[b as usize].args;
+        let negation = self.op(a) == Op::Not && self.arg(a, 0) == b;
+        negation || equality || order(a, b)
     }
 
     /// `not a` without the `not`; comparisons of floats keep it, since NaN is neither.
