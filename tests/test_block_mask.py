@@ -297,6 +297,16 @@ def test_lists_of_blocks_from_torch(torch: Any, theirs: Any, twt: Any) -> None:
         twt.BlockMask.from_kv_blocks(counts.numpy(), indices.numpy())
 
 
+def test_mods_stand_for_mask_mods(torch: Any, twt: Any) -> None:
+    mod = expr.trace(MASKS["documents"])
+    mine = twt.create_block_mask(mod, 1, 1, 444, 444, "cpu", 64)
+    same(torch, mine, twt.create_block_mask(MASKS["documents"], 1, 1, 444, 444, "cpu", 64))
+    assert mine.mod.program == mod.program and torch.is_tensor(mine.mod.captures[0])
+    assert torch.equal(
+        twt.create_mask(mod, 1, 1, 444, 444, "cpu"), twt.create_mask(MASKS["documents"], 1, 1, 444, 444, "cpu")
+    )
+
+
 def test_captures_may_change_between_masks(torch: Any, twt: Any) -> None:
     ids = torch.zeros(64, dtype=torch.int32)
     mask_mod = lambda b, h, q, k: ids[q] == ids[k]  # noqa: E731

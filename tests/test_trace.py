@@ -394,12 +394,38 @@ def test_a_trace_is_used_again_only_where_it_holds(torch: Any, trace: Any) -> No
     assert "int 2" in trace(reading).program
     array.source[0] = 4
     assert "int 4" in trace(reading).program
+
+    # Nor what classes and functions say of themselves.
+    class Settings:
+        width = 3
+
+    wide = lambda b, h, q, k: q - k < Settings.width  # noqa: E731
+    assert "int 3" in trace(wide).program
+    Settings.width = 4
+    assert "int 4" in trace(wide).program
+
+    def marked(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return q - k < marked.width  # type: ignore[attr-defined]
+
+    marked.width = 3  # type: ignore[attr-defined]
+    assert "int 3" in trace(marked).program
+    marked.width = 4  # type: ignore[attr-defined]
+    assert "int 4" in trace(marked).program
     # And a function that it calls may differ.
     inner = lambda q, k: q >= k  # noqa: E731
     outer = lambda b, h, q, k: inner(q, k)  # noqa: E731
     assert "ge" in trace(outer).program
     inner = lambda q, k: q < k  # noqa: E731
     assert "lt" in trace(outer).program
+
+
+def test_mods_of_numpy_users_are_torch_mods(torch: Any, trace: Any) -> None:
+    mod = expr.trace(lambda s, b, h, q, k: s * slopes[h])
+    found = trace(mod, "score")
+    assert isinstance(found.captures[0], torch.Tensor) and found.captures[0].data_ptr() == SLOPES.ctypes.data
+    assert trace(found) is found
+    with pytest.raises(ArgumentError, match="expected a mask mod"):
+        trace(mod, "mask")
 
 
 def test_the_cache_keeps_no_capture_alive(torch: Any, trace: Any) -> None:

@@ -51,7 +51,7 @@ def trace(
 
     Args:
         function: the kind follows from its positional parameters without a default: 5 is a score_mod, 4 a mask_mod.
-            A :class:`~tilewise.expr.Mod` comes back as it is.
+            A :class:`~tilewise.expr.Mod` comes back as it is (with NumPy captures as tensors of the same memory).
         kind: ``"score"`` or ``"mask"``, for functions that do not tell.
         device: what ``q_idx.device`` says while the function runs; the CPU if not given.
 
@@ -73,7 +73,9 @@ def trace(
     if isinstance(function, Mod):
         if kind not in (None, function.kind):
             raise ArgumentError(f"expected a {kind} mod, got a {function.kind} mod: {function}")
-        return function
+        if all(isinstance(one, torch.Tensor) for one in function.captures):
+            return function
+        return Mod(function.kind, function.program, tuple(map(torch.as_tensor, function.captures)), function.names)
     where = _CPU if device is None else torch.device(device)
     seen = cache.look_at(function)
     if seen.key is not None:
