@@ -376,7 +376,9 @@ impl Rewriter {
             Op::And if known == Some(false) => b,
             Op::Or if known == Some(false) || Some(a) == b => Some(a),
             Op::Or if known == Some(true) => b,
-            Op::And | Op::Or if self.opposite(a, b?) || self.opposite(b?, a) => Some(self.constant(Value::Bool(node.op == Op::Or))),
+            Op::And | Op::Or if self.opposite(a, b?) || self.opposite(b?, a) => {
+                Some(self.constant(Value::Bool(node.op == Op::Or)))
+            }
             Op::Xor if known == Some(false) => Some(a),
             Op::Xor if known == Some(true) => Some(self.make(Op::Not, &[a])),
             Op::Xor if Some(a) == b => Some(self.constant(Value::Bool(false))),
