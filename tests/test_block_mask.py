@@ -80,8 +80,10 @@ def test_blocks_are_what_the_elements_say(name: str, queries: int, keys: int, bl
 def test_axes_that_do_not_matter_are_shared() -> None:
     mask = create_block_mask(MASKS["causal"], 5, 7, 64, 64, 16)
     assert mask.kv_indices.shape == (5, 7, 4, 4) and mask.kv_indices.strides[:2] == (0, 0)
+    assert mask.q_indices.shape == (5, 7, 4, 4) and mask.q_indices.strides[:2] == (0, 0)
     mask = create_block_mask(MASKS["by head"], 5, 7, 64, 64, 16)
     assert mask.kv_indices.strides[0] == 0 != mask.kv_indices.strides[1]
+    assert mask.q_indices.strides[0] == 0 != mask.q_indices.strides[1] and mask.q_indices.shape == (5, 7, 4, 4)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0)])
