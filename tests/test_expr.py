@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from tilewise import _core, reference
+from tilewise.errors import ArgumentError, DtypeError, ShapeError
 
 EXTENTS = {"batch": 2, "heads": 3, "queries": 37, "keys": 21}
 ALIBI = """tilewise-expr 1 score

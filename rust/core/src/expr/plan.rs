@@ -123,6 +123,8 @@ pub struct Addition {
     pub value: Source,
     /// Where.
     pub index: Vec<Source>,
+    /// What the place depends on.
+    pub rate: Rate,
 }
 
 /// A value of one side that elements need: from, to, one value an element.
@@ -186,6 +188,7 @@ impl Plan {
             node: scatter.value,
             value: compiler.element(scatter.value),
             index: scatter.index.iter().map(|&id| compiler.element(id)).collect(),
+            rate: scatter.index.iter().fold(Rate::Uniform, |rate, &id| rate.join(compiler.rate[id as usize])),
         });
         let additions = additions.collect();
         let mut plan = compiler.plan;

@@ -290,6 +290,7 @@ pub struct Evaluator<'p, 'a, T> {
     /// The width and orientation for which the lane side is computed; 0 if it is not.
     ready: usize,
     numbers: [Vec<usize>; 2],
+    sums: Vec<T>,
 }
 
 impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
@@ -303,7 +304,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
         files.masks.resize_with(count(File::Mask), Register::default);
         files.addresses.resize_with(count(File::Address), Addresses::default);
         let numbers = [Vec::new(), Vec::new()];
-        Self { bound, files, batch: 0, lanes: 0, lanes_are_keys: false, width: 0, ready: 0, numbers }
+        Self { bound, files, batch: 0, lanes: 0, lanes_are_keys: false, width: 0, ready: 0, numbers, sums: Vec::new() }
     }
 
     /// Sets the lane side of the blocks that follow, and their batch.
@@ -505,29 +506,51 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
         });
     }
 
-    /// Adds a chunk's elements into a capture's gradient.
+    /// Adds a chunk's elements into a capture's gradient: by lanes first where the place depends on the lane alone, by
+    /// rows first where it does not depend on the lane, in the order of the elements otherwise.
     fn add(&mut self, addition: &Addition, count: usize, elements: Elements<'_, T>, gradient: &mut CaptureGradient<T>) {
         let (width, lanes) = (self.width, self.lanes);
+        let lane_rate = if self.lanes_are_keys { Rate::Keys } else { Rate::Queries };
         let mut offsets = take(&mut self.files.offsets);
-        let indices = self.files.indices(&addition.index, count);
-        if !Logic::table().offsets(&gradient.shape, &indices, &mut offsets[..count]) {
+        // Every row has the same places, or every element its own.
+        let places = if addition.rate == lane_rate { width } else { count };
+        let indices = self.files.indices(&addition.index, places);
+        if !Logic::table().offsets(&gradient.shape, &indices, &mut offsets[..places]) {
             let index = addition.index.iter().copied().enumerate();
             self.blame(addition.node, addition.capture, index, count, Valid { period: width, count: lanes });
         }
-        let value = self.files.float(addition.value, count, elements);
+        let mut sums = take(&mut self.sums);
+        sums.clear();
         if !gradient.sums.is_empty() {
-            for row in (0..count).step_by(width) {
-                for i in row..row + lanes {
-                    let sum = &mut gradient.sums[offsets[i] as usize];
-                    *sum = *sum
-                        + match value {
-                            Operand::Slice(values) => values[i],
-                            Operand::Splat(value) => value,
-                        };
+            let splat;
+            let values = match self.files.float(addition.value, count, elements) {
+                Operand::Slice(values) => values,
+                Operand::Splat(value) => {
+                    splat = vec![value; count];
+                    &splat
+                }
+            };
+            let mut put = |place: i64, value: T| {
+                let sum = &mut gradient.sums[place as usize];
+                *sum = *sum + value;
+            };
+            if addition.rate == lane_rate {
+                sums.resize(lanes, T::ZERO);
+                for row in values.chunks_exact(width) {
+                    sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum = *sum + x);
+                }
+                sums.iter().zip(&offsets).for_each(|(&sum, &place)| put(place, sum));
+            } else if addition.rate == Rate::Both {
+                for (row, places) in values.chunks_exact(width).zip(offsets.chunks_exact(width)) {
+                    row[..lanes].iter().zip(places).for_each(|(&x, &place)| put(place, x));
+                }
+            } else {
+                for (row, places) in values.chunks_exact(width).zip(offsets.chunks_exact(width)) {
+                    put(places[0], total(&row[..lanes]));
                 }
             }
         }
-        self.files.offsets = offsets;
+        (self.sums, self.files.offsets) = (sums, offsets);
     }
 
     /// Runs one step over `count` elements.
@@ -824,6 +847,15 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
             self.bound.record(Offence { node: step.node, axis: None, capture: 0, index: 0 });
         }
     }
+}
+
+/// The sum of a row, in an order that depends on its length alone.
+fn total<T: FloatLane>(row: &[T]) -> T {
+    let mut sums = [T::ZERO; 8];
+    for part in row.chunks(8) {
+        sums.iter_mut().zip(part).for_each(|(sum, &x)| *sum = *sum + x);
+    }
+    sums.into_iter().fold(T::ZERO, |sum, x| sum + x)
 }
 
 fn unary(op: Op) -> Option<Unary> {
