@@ -109,7 +109,6 @@ def expr_evaluate(
     grad_captures: Sequence[_Array | None] | None = None,
     lanes: str = "queries",
 ) -> None: ...
-
 def block_mask(
     text: str,
     captures: Sequence[_Array],
@@ -125,9 +124,7 @@ def block_mask(
     full_kv_num_blocks: _Array,
     full_kv_indices: _Array,
 ) -> None: ...
-def block_mask_transpose(
-    num_blocks: _Array, indices: _Array, out_num_blocks: _Array, out_indices: _Array
-) -> None: ...
+def block_mask_transpose(num_blocks: _Array, indices: _Array, out_num_blocks: _Array, out_indices: _Array) -> None: ...
 
 # moe
 def route(
