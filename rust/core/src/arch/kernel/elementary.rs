@@ -293,8 +293,12 @@ impl Elementary for f32 {
         let s = self * self;
         let p = horner::<FUSED, 5>(s, [-5.528_634e-3, 0.020_483_316, -0.053_692_97, 0.133_309, -0.333_332_63]);
         let inside = fma::<FUSED>(self * s, p, self);
-        let size = clamp(Elementary::abs(self), 0.0, 10.0);
-        let outside = 1.0 - 2.0 / (Elementary::exp::<FUSED>(2.0 * size) + 1.0);
+        let size = Elementary::abs(self);
+        let size = if size > 10.0 { 10.0 } else { size };
+        // e^2|x| is an ordinary number here: one step of scaling does.
+        let (shifted, r) = reduced::<FUSED>(2.0 * size);
+        let e = fma::<FUSED>(r * r, exponential_tail::<FUSED>(r), r) + 1.0;
+        let outside = 1.0 - 2.0 / fma::<FUSED>(e, power(low_bits(shifted)), 1.0);
         (if size < 0.625 { inside } else { outside }).copysign(self)
     }
     /// 3 units: e^-|x| never overflows, so small results go to 0 through the subnormal numbers.

@@ -476,8 +476,11 @@ pub(crate) fn blank<T: Copy>(mask: &[Mask], value: T, block: &mut [T]) {
 /// Each value of `from`, `width` times.
 #[inline(always)]
 pub(crate) fn spread<X: Copy>(from: &[X], width: usize, out: &mut [X]) {
+    // Whole registers first: rows are often three of them, less than the unrolled loop of a `fill`.
     for (row, &x) in out.chunks_exact_mut(width).zip(from) {
-        row.fill(x);
+        let (registers, rest) = row.as_chunks_mut::<16>();
+        registers.iter_mut().for_each(|register| *register = [x; 16]);
+        rest.fill(x);
     }
 }
 
