@@ -22,3 +22,14 @@ from tilewise.torch.attention import attention
 from tilewise.torch.gemm import matmul
 
 __all__ = ["attention", "matmul", "moe", "speculation"]
+
+from tilewise.torch.attention.blocks import (
+    BlockMask,
+    and_masks,
+    create_block_mask,
+    create_mask,
+    noop_mask,
+    or_masks,
+)
+
+__all__ += ["BlockMask", "and_masks", "create_block_mask", "create_mask", "noop_mask", "or_masks"]

@@ -3,6 +3,7 @@
 use crate::arrays::{Held, hold, hold_optional};
 use crate::door::{enter, to_python};
 use pyo3::prelude::*;
+use std::sync::Mutex;
 use tilewise_core::arch::lanes::FloatLane;
 use tilewise_core::dtype::Dtype;
 use tilewise_core::error::{Error, Result};
@@ -13,6 +14,28 @@ use tilewise_core::view::{Array, ArrayMut};
 
 fn parse(py: Python<'_>, text: &str) -> PyResult<Program> {
     Program::parse(text).map_err(|error| to_python(py, &error))
+}
+
+/// Programs kept by their text: a model calls each of its few mods again and again.
+const KEPT: usize = 64;
+
+/// A program in canonical form, read once per text.
+pub fn parsed(py: Python<'_>, text: &str) -> PyResult<Program> {
+    static PROGRAMS: Mutex<Vec<(String, Program)>> = Mutex::new(Vec::new());
+    // Never waits: another thread may hold the list, or held it during a fork.
+    if let Ok(list) = PROGRAMS.try_lock()
+        && let Some((_, program)) = list.iter().find(|(known, _)| known == text)
+    {
+        return Ok(program.clone());
+    }
+    let program = parse(py, text)?.simplified();
+    if let Ok(mut list) = PROGRAMS.try_lock() {
+        if list.len() == KEPT {
+            list.remove(0);
+        }
+        list.push((text.to_string(), program.clone()));
+    }
+    Ok(program)
 }
 
 /// Raises `ArgumentError` with the line of a text that is no program.
