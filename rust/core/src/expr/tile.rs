@@ -10,7 +10,7 @@
 //! Repeating a side's values over a chunk makes every operation one flat loop over whole registers.
 
 use super::bind::{Bound, Offence};
-use super::plan::{Addition, File, Rate, Slot, Source, Spread, Step, What};
+use super::plan::{Addition, File, Finish, Rate, Slot, Source, Spread, Step, What};
 use super::table::{Op, Value};
 use crate::arch::lanes::{
     Addresses, Binary, Compare, FloatLane, Index, IntegerLane, Logic, Mask, Operand, TRUE, Unary,
@@ -414,8 +414,8 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
             let (before, part) = (scores.map(|scores| &scores[elements.clone()]), &mut block[elements]);
             let valid = Valid { period: width, count: self.lanes };
             for (i, step) in plan.both.iter().enumerate() {
-                if plan.direct && i + 1 == plan.both.len() {
-                    let elements = Elements { scores: &[], grads: &[], row: first };
+                if plan.finish == Finish::Write && i + 1 == plan.both.len() {
+                    let elements = Elements { scores: before.unwrap_or(&[]), grads: &[], row: first };
                     self.float_step(step, valid, elements, part);
                     break;
                 }
@@ -425,10 +425,24 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
                 };
                 self.step(step, rows, (last - first) * width, valid, elements);
             }
+            self.update(plan.finish, before.unwrap_or(&[]), part, first);
             if !body(self, before.unwrap_or(&[]), part) {
                 break;
             }
             first = last;
+        }
+    }
+
+    /// A last operation on the block itself.
+    fn update(&self, finish: Finish, scores: &[T], part: &mut [T], row: usize) {
+        let elements = Elements { scores, grads: &[], row };
+        let operand = |source: Source| self.files.float(source, part.len(), elements);
+        match finish {
+            Finish::Copy | Finish::Write => {}
+            Finish::Update { op, own, other } => {
+                T::floats().update(binary(op).unwrap_or(Binary::Add), own, operand(other), part);
+            }
+            Finish::AddProduct(a, b) => T::floats().add_product(operand(a), operand(b), part),
         }
     }
 
@@ -446,7 +460,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
 
     fn write(&self, result: Source, part: &mut [T]) {
         match result {
-            Source::Slice(_) if self.bound.plan.direct => {}
+            Source::Slice(_) if self.bound.plan.finish != Finish::Copy => {}
             Source::Slice(slot) => part.copy_from_slice(&self.files.floats[slot.index][..part.len()]),
             Source::Splat(slot) => part.fill(self.files.floats[slot.index][0]),
             Source::Score | Source::Grad => {}
