@@ -36,6 +36,18 @@ template <i32 LANES> __device__ __forceinline__ f32 group_sum(f32 x) {
     return x;
 }
 
+// The largest number of each group of LANES lanes, or -inf; NaN is passed over.
+template <i32 LANES> __device__ __forceinline__ f32 group_max(f32 x) {
+#pragma unroll
+    for (i32 step = LANES / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
+    return x;
+}
+
+// A bit for each lane whose `x` is true.
+__device__ __forceinline__ u32 warp_ballot(bool x) { return __ballot_sync(ALL_LANES, x); }
+
+__device__ __forceinline__ bool warp_any(bool x) { return __any_sync(ALL_LANES, x); }
+
 // NaN is passed over: the largest number, or -inf.
 __device__ __forceinline__ f32 warp_max(f32 x) {
 #pragma unroll
