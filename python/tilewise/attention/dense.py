@@ -1,80 +1,140 @@
-"""Exact attention, forward: prefill and decode, grouped queries, windows, masks, sinks, selected key blocks."""
+"""Exact attention of NumPy arrays: prefill and decode, every rule, forward and backward."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeVar, Unpack, overload
+
+import numpy as np
 
 from tilewise import _core
-from tilewise._arrays import broadcast, dtype_name, like, native
-from tilewise.errors import ArgumentError, ShapeError
+from tilewise._arrays import dtype_name, is_torch, like, native
+from tilewise.attention.lower import block_fields, program_of
+from tilewise.attention.options import (
+    AttentionOptions,
+    check_blocks,
+    check_dropout,
+    check_sequences,
+    expand_mask,
+    window_bounds,
+    with_softcap,
+)
+from tilewise.attention.programs import Program
+from tilewise.attention.rules import Rules
+from tilewise.errors import ShapeError, UnsupportedError
 
-__all__ = ["attention"]
+__all__ = ["AttentionGradients", "attention", "attention_backward"]
 
 ArrayT = TypeVar("ArrayT")
 
 
+class AttentionGradients(NamedTuple):
+    """Gradients by the arguments of :func:`attention`, in their shapes.
+
+    ``query``, ``key`` and ``value`` have the type of `query`, the others the accumulator's (float32; float64 for
+    float64). ``captures`` has one entry per array that `score_mod` captured, None for integers and bools; ``sinks`` is
+    None without sinks.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    sinks: Any
+    captures: tuple[Any, ...]
+
+
+def _trace(function: Any, kind: str) -> Program:
+    from tilewise import expr
+
+    mod = expr.trace(function, kind)
+    return Program(mod.program, mod.captures)
+
+
+def _prepared(query: Any, key: Any, value: Any, options: AttentionOptions) -> tuple[tuple[Any, Any, Any], Rules]:
+    """Operands that the core reads, and the rules."""
+    given: dict[str, Any] = dict(options)
+    unknown = given.keys() - AttentionOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"attention() got an unexpected keyword argument {min(unknown)!r}")
+    operands = tuple(native(name, array) for name, array in (("query", query), ("key", key), ("value", value)))
+    for name, array in zip(("query", "key", "value"), operands, strict=True):
+        if array.ndim != 4:
+            raise ShapeError(
+                f"{name}: expected rank 4 [batch, heads, length, head_dim], got shape {tuple(array.shape)}"
+            )
+    batch, heads, queries, head_dim = operands[0].shape
+    shape = (batch, heads, queries, operands[1].shape[2])
+    get = given.get
+    left, right = window_bounds(get("window", (-1, -1)))
+    check_blocks(get("block_indices"), get("block_size"))
+    splits = int(get("splits", 0))
+    check_sequences(
+        get("sequences"), get("block_table"), splits,
+        mask=get("mask"), block_indices=get("block_indices"), block_mask=get("block_mask"),
+    )  # fmt: skip
+    score = with_softcap(get("softcap", 0.0), program_of(get("score_mod"), "score", _trace)) or Program("")
+    keep, blocks = block_fields(get("block_mask"), get("mask_mod"), shape, _trace)
+    keep = keep or Program("")
+    scale = get("scale")
+    mask, sequences, table = get("mask"), get("sequences"), get("block_table")
+    rules = Rules(
+        scale=float(scale) if scale is not None else head_dim**-0.5 if head_dim else 0.0,
+        causal=bool(get("causal", False)),
+        left=left,
+        right=right,
+        mask=None if mask is None else expand_mask(native("mask", mask), shape),
+        sinks=_native("sinks", get("sinks")),
+        block_indices=_native("block_indices", get("block_indices")),
+        block_size=get("block_size") or 0,
+        score_mod=score.text or None,
+        score_captures=[native(f"score_mod capture {at}", array) for at, array in enumerate(score.captures)],
+        mask_mod=keep.text or None,
+        mask_captures=[native(f"mask_mod capture {at}", array) for at, array in enumerate(keep.captures)],
+        dropout=check_dropout(get("dropout", 0.0)),
+        seed=int(get("seed") or 0),
+        sequences=None if sequences is None else _table("sequences", sequences, "int64"),
+        block_table=None if table is None else _table("block_table", table, "int32"),
+        splits=splits,
+        **{name: _native(name, part) if hasattr(part, "shape") else part for name, part in blocks.items()},
+    )
+    return (operands[0], operands[1], operands[2]), rules
+
+
+def _native(name: str, array: Any) -> Any:
+    return None if array is None else native(name, array)
+
+
+def _table(name: str, array: Any, dtype: str) -> Any:
+    array = native(name, array)
+    if is_torch(array):
+        import torch
+
+        return array.to(getattr(torch, dtype))
+    return np.asarray(array).astype(dtype, copy=False)
+
+
+def _accumulator(query: Any) -> str:
+    return "float64" if dtype_name(query) == "float64" else "float32"
+
+
 @overload
 def attention(
-    query: ArrayT,
-    key: Any,
-    value: Any,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    mask: Any = None,
-    sinks: Any = None,
-    block_indices: Any = None,
-    block_size: int | None = None,
-    return_lse: Literal[False] = False,
+    query: ArrayT, key: Any, value: Any, *, return_lse: Literal[False] = False, **options: Unpack[AttentionOptions]
 ) -> ArrayT: ...
 @overload
 def attention(
-    query: ArrayT,
-    key: Any,
-    value: Any,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    mask: Any = None,
-    sinks: Any = None,
-    block_indices: Any = None,
-    block_size: int | None = None,
-    return_lse: Literal[True],
+    query: ArrayT, key: Any, value: Any, *, return_lse: Literal[True], **options: Unpack[AttentionOptions]
 ) -> tuple[ArrayT, Any]: ...
 @overload
 def attention(
-    query: ArrayT,
-    key: Any,
-    value: Any,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    mask: Any = None,
-    sinks: Any = None,
-    block_indices: Any = None,
-    block_size: int | None = None,
-    return_lse: bool,
+    query: ArrayT, key: Any, value: Any, *, return_lse: bool, **options: Unpack[AttentionOptions]
 ) -> ArrayT | tuple[ArrayT, Any]: ...
 def attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    mask: Any = None,
-    sinks: Any = None,
-    block_indices: Any = None,
-    block_size: int | None = None,
-    return_lse: bool = False,
+    query: Any, key: Any, value: Any, *, return_lse: bool = False, **options: Unpack[AttentionOptions]
 ) -> Any:
-    """Scaled dot-product attention ``softmax(scale * Q K^T) V`` over the keys that every rule keeps.
+    """Scaled dot-product attention ``softmax(mod(scale * Q K^T)) V`` over the keys that every rule keeps.
 
-    Query i and key j are compared at the bottom right corner: i stands at ``i + keys - queries``.
+    Query i and key j are compared at the bottom right corner: i stands at ``i + keys - queries``. Programs
+    (`score_mod`, `mask_mod`) see the plain indices instead.
 
     Args:
         query: ``[batch, query_heads, queries, head_dim]``, float32, float64, float16 or bfloat16; any strides.
@@ -90,12 +150,28 @@ def attention(
         block_indices: integers ``[batch, index_heads, queries, slots]``: key blocks each query may attend (MiniMax
             Sparse Attention's selection); negative slots are unused, `index_heads` divides `query_heads`.
         block_size: keys in a block of `block_indices`.
+        score_mod: ``f(score, batch, head, query, key) -> score``, a function of :mod:`tilewise.expr` expressions or a
+            Mod (:mod:`tilewise.mods`); it changes the score after `scale` and `softcap`.
+        mask_mod: ``f(batch, head, query, key) -> bool``, likewise (:mod:`tilewise.masks`); evaluated for every pair
+            that the other rules keep.
+        block_mask: a BlockMask instead: blocks that it does not list are never visited.
+        softcap: ``s -> softcap * tanh(s / softcap)``; 0 is none.
+        dropout: probability that a weight is dropped; the kept ones are divided by ``1 - dropout``. The LSE is that
+            of all weights.
+        seed: of the dropout; the same seed drops the same weights.
+        sequences: integers ``[n, 6]``: sequences that share the arrays, as (query_batch, query_start, query_count,
+            key_batch, key_start, key_count); see :func:`packed_sequences`. Causality and windows are those of each
+            sequence, programs see its number as `batch` and indices that begin at 0.
+        block_table: integers ``[n, slots]``: sequence i's keys are in the pages ``block_table[i]``; `key` and `value`
+            are then ``[pages, key_heads, page_size, dim]``, and key_batch and key_start are not read.
+        splits: for few queries over many keys: 0 cuts the keys into chunks of a fixed length (so a row does not
+            depend on the batch), n into n equal parts.
         return_lse: also return the log-sum-exp.
 
     Returns:
         ``[batch, query_heads, queries, value_dim]`` of the type and kind of `query`; with `return_lse` a pair with
         the natural-log LSE ``[batch, query_heads, queries]`` (float32; float64 for float64). A query that may attend
-        nothing gives 0 and an LSE of -inf (its sink, if there is one).
+        nothing, or that belongs to no sequence, gives 0 and an LSE of -inf (its sink, if there is one).
 
     Raises:
         ShapeError, DtypeError, ArgumentError, DeviceError: the message names the argument.
@@ -109,63 +185,90 @@ def attention(
         array([0. , 0.5, 1. ], dtype=float32)
 
     Source: Dao, "FlashAttention-2" (2023) for the online softmax; the conditional rescale and the exponential are
-    FlashAttention-4's (docs/numerics.md); selected blocks as in MiniMax Sparse Attention (2026).
+    FlashAttention-4's (docs/numerics.md); score and mask programs as in FlexAttention (Dong et al. 2024); selected
+    blocks as in MiniMax Sparse Attention (2026).
     """
-    arrays = {name: native(name, array) for name, array in (("query", query), ("key", key), ("value", value))}
-    for name, array in arrays.items():
-        if array.ndim != 4:
-            raise ShapeError(
-                f"{name}: expected rank 4 [batch, heads, length, head_dim], got shape {tuple(array.shape)}"
-            )
-    batch, heads, queries, head_dim = arrays["query"].shape
-    keys, value_dim = arrays["value"].shape[2:]
-    left, right = window_bounds(window)
-    check_blocks(block_indices, block_size)
-    out, result = like(query, (batch, heads, queries, value_dim))
-    lse, lse_result = like(query, (batch, heads, queries), "float64" if dtype_name(query) == "float64" else "float32")
-    _core.attention(
-        arrays["query"],
-        arrays["key"],
-        arrays["value"],
-        out,
-        lse,
-        scale=head_dim**-0.5 if scale is None and head_dim else float(scale or 0.0),
-        causal=bool(causal),
-        left=left,
-        right=right,
-        mask=None if mask is None else expand_mask(native("mask", mask), (batch, heads, queries, keys)),
-        sinks=None if sinks is None else native("sinks", sinks),
-        block_indices=None if block_indices is None else native("block_indices", block_indices),
-        block_size=block_size or 0,
-    )
+    operands, rules = _prepared(query, key, value, options)
+    batch, heads, queries, _ = operands[0].shape
+    out, result = like(query, (batch, heads, queries, operands[2].shape[3]))
+    lse, lse_result = like(query, (batch, heads, queries), _accumulator(query))
+    if rules.sequences is not None:  # rows between the sequences are nobody's
+        out[...] = 0
+        lse[...] = -np.inf
+    _core.attention_forward(*operands, out, lse, rules)
     return (result, lse_result) if return_lse else result
 
 
-def window_bounds(window: tuple[int, int]) -> tuple[int | None, int | None]:
-    """``(left, right)`` with None for unlimited."""
-    try:
-        left, right = (int(bound) for bound in window)
-    except (TypeError, ValueError):
-        raise ArgumentError(f"window: expected two integers (left, right), got {window!r}") from None
-    if min(left, right) < -1:
-        raise ArgumentError(f"window: expected bounds of at least 0, or -1 for unlimited, got {window!r}")
-    return (None if left == -1 else left), (None if right == -1 else right)
+def attention_backward(
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    lse: Any,
+    grad_out: Any,
+    *,
+    grad_lse: Any = None,
+    **options: Unpack[AttentionOptions],
+) -> AttentionGradients:
+    """Gradients of a loss by the arguments of :func:`attention`.
 
+    Args:
+        query, key, value: as they were.
+        out, lse: what :func:`attention` returned for them, under the same options (and the same `seed`).
+        grad_out: the loss's gradient by `out`, same shape and type.
+        grad_lse: by `lse`, if the loss depends on it.
+        options: as in :func:`attention`. Keys in pages (`block_table`) have no gradient.
 
-def check_blocks(block_indices: Any, block_size: int | None) -> None:
-    """Refuses selected blocks without their size, a size without blocks, and a size below one."""
-    if (block_indices is None) != (block_size is None):
-        raise ArgumentError("block_indices and block_size: expected both or neither")
-    if block_size is not None and block_size < 1:
-        raise ArgumentError(f"block_size: expected at least 1, got {block_size}")
+    Returns:
+        :class:`AttentionGradients`. The gradient of a row that attends nothing is 0.
 
+    Raises:
+        UnsupportedError: with a `block_table`.
+        ShapeError, DtypeError, ArgumentError, DeviceError: the message names the argument.
 
-def expand_mask(mask: Any, shape: tuple[int, ...]) -> Any:
-    """`mask` broadcast to `shape` without a copy."""
-    try:
-        return broadcast(mask, shape)
-    except (ValueError, RuntimeError):
-        raise ShapeError(
-            f"mask: expected something broadcastable to [batch, query_heads, queries, keys] = {list(shape)}, "
-            f"got shape {tuple(mask.shape)}"
-        ) from None
+    Example:
+        >>> import numpy as np
+        >>> from tilewise.attention import attention, attention_backward
+        >>> q, k, v = np.zeros((1, 1, 1, 2)), np.ones((1, 1, 2, 2)), np.ones((1, 1, 2, 1))
+        >>> out, lse = attention(q, k, v, return_lse=True)
+        >>> attention_backward(q, k, v, out, lse, np.ones_like(out)).value.ravel()
+        array([0.5, 0.5])
+
+    Source: Dao, "FlashAttention-2" (2023): probabilities are computed again from the LSE, and
+    ``dS = P * (dO V^T - rowsum(O * dO) + dLSE)``.
+    """
+    operands, rules = _prepared(query, key, value, options)
+    if rules.block_table is not None:
+        raise UnsupportedError("attention_backward: keys in pages have no gradient; gather them (key[block_table])")
+    batch, heads, queries, _ = operands[0].shape
+    for name, array, shape in (
+        ("out", out, (batch, heads, queries, operands[2].shape[3])),
+        ("grad_out", grad_out, (batch, heads, queries, operands[2].shape[3])),
+        ("lse", lse, (batch, heads, queries)),
+        ("grad_lse", grad_lse, (batch, heads, queries)),
+    ):
+        if array is not None and tuple(array.shape) != shape:
+            raise ShapeError(f"{name}: expected {list(shape)}, got {list(array.shape)}")
+    made = [like(query, tuple(operand.shape)) for operand in operands]
+    if rules.sequences is not None:
+        for gradient, _ in made:
+            gradient[...] = 0
+    wide = _accumulator(query)
+    sinks = (None, None) if rules.sinks is None else like(query, tuple(rules.sinks.shape), wide)
+    captures = [
+        like(query, tuple(capture.shape), wide) if dtype_name(capture).startswith(("float", "bfloat")) else (None, None)
+        for capture in (program_of(options.get("score_mod"), "score", _trace) or Program("")).captures
+    ]
+    _core.attention_backward(
+        *operands,
+        native("out", out),
+        native("lse", lse),
+        native("grad_out", grad_out),
+        _native("grad_lse", grad_lse),
+        *(gradient for gradient, _ in made),
+        sinks[0],
+        [gradient for gradient, _ in captures],
+        rules,
+    )
+    (grad_query, grad_key, grad_value) = (result for _, result in made)
+    return AttentionGradients(grad_query, grad_key, grad_value, sinks[1], tuple(result for _, result in captures))

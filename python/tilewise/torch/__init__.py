@@ -18,7 +18,38 @@ except ImportError as error:
     ) from error
 
 from tilewise.torch import moe, speculation
-from tilewise.torch.attention import attention
+from tilewise.torch.attention import (
+    AuxOutput,
+    AuxRequest,
+    attention,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+    flex_attention,
+    merge_attention,
+    scaled_dot_product_attention,
+)
 from tilewise.torch.gemm import matmul
 
-__all__ = ["attention", "matmul", "moe", "speculation"]
+__all__ = [
+    "AuxOutput",
+    "AuxRequest",
+    "attention",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "flex_attention",
+    "matmul",
+    "merge_attention",
+    "moe",
+    "scaled_dot_product_attention",
+    "speculation",
+]

@@ -33,6 +33,8 @@ pub enum Purpose {
     Other = 4,
     /// Whether token rounding gives an expert the upper multiple of the tile (request: the expert, position: the step).
     Round = 5,
+    /// Whether an attention weight is dropped (request: sequence and head; then query and key).
+    Drop = 6,
 }
 
 /// A uniform number in [0, 1) with 53 random bits.

@@ -30,7 +30,7 @@ macro_rules! kept {
         }
     )* };
 }
-kept!(f32 => 0.0, f64 => 0.0, f16 => f16::ZERO, bf16 => bf16::ZERO);
+kept!(f32 => 0.0, f64 => 0.0, u32 => 0, f16 => f16::ZERO, bf16 => bf16::ZERO);
 
 /// A buffer of `len` elements with arbitrary contents; goes back to the shelf when dropped.
 pub struct Buffer<T: Kept> {

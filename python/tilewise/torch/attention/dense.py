@@ -1,148 +1,80 @@
-"""Attention, forward (see :mod:`tilewise.attention`)."""
+"""Attention of torch tensors under every rule (see :mod:`tilewise.attention`), with gradients."""
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
+from torch import Tensor
 
-from tilewise import _core
-from tilewise.attention.dense import check_blocks, expand_mask, window_bounds
-from tilewise.errors import ShapeError, UnsupportedError
-from tilewise.torch._library import define, refuse_device
-
-__all__ = ["attention"]
-
-_SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, Tensor? block_indices, float scale, "
-    "bool causal, int left, int right, int block_size) -> (Tensor, Tensor)"
+from tilewise.attention.lower import block_fields, program_of
+from tilewise.attention.options import (
+    AttentionOptions,
+    check_blocks,
+    check_dropout,
+    check_sequences,
+    expand_mask,
+    window_bounds,
+    with_softcap,
 )
+from tilewise.attention.programs import Program
+from tilewise.errors import ArgumentError
+from tilewise.torch.attention.operators import attend, random_seed
+
+__all__ = ["attention", "traced"]
 
 
-def _outputs(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # [batch, queries, heads, dim] in memory: what the output projection of a model reads without a copy.
-    batch, heads, queries, _ = query.shape
-    out = query.new_empty((batch, queries, heads, value.shape[3])).transpose(1, 2)
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return out, query.new_empty((batch, heads, queries), dtype=wide)
+def traced(function: Any, kind: str) -> Program:
+    """The program of a torch function or a Mod."""
+    from tilewise.torch import expr
+
+    mod = expr.trace(function, kind)
+    return Program(mod.program, tuple(mod.captures))
 
 
-def _kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    block_indices: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    left: int,
-    right: int,
-    block_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = _outputs(query, value)
-    _core.attention(
-        query.detach(),
-        key.detach(),
-        value.detach(),
-        out,
-        lse,
-        scale=scale,
-        causal=causal,
-        left=None if left < 0 else left,
-        right=None if right < 0 else right,
-        mask=mask,
-        sinks=None if sinks is None else sinks.detach(),
-        block_indices=block_indices,
-        block_size=block_size,
-    )
-    return out, lse
-
-
-def _fake(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    block_indices: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    left: int,
-    right: int,
-    block_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _outputs(query, value)
-
-
-_attention = define("attention", _SCHEMA, _kernel, _fake)
+def as_seed(seed: int | Tensor | None, dropout: float) -> Tensor | None:
+    """The seed as the operator takes it; a fresh one if there is dropout and none was given."""
+    if seed is None:
+        return random_seed(dropout)
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64:
+            raise ArgumentError(f"seed: expected an integer or one int64, got {seed.dtype} {list(seed.shape)}")
+        return seed.reshape(())
+    return torch.tensor(int(seed), dtype=torch.int64)
 
 
 @overload
 def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     *,
-    scale: float | None = None,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    mask: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    block_indices: torch.Tensor | None = None,
-    block_size: int | None = None,
     return_lse: Literal[False] = False,
-) -> torch.Tensor: ...
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
 @overload
 def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    mask: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    block_indices: torch.Tensor | None = None,
-    block_size: int | None = None,
-    return_lse: Literal[True],
-) -> tuple[torch.Tensor, torch.Tensor]: ...
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[True], **options: Unpack[AttentionOptions]
+) -> tuple[Tensor, Tensor]: ...
 @overload
 def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    mask: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    block_indices: torch.Tensor | None = None,
-    block_size: int | None = None,
-    return_lse: bool,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: bool, **options: Unpack[AttentionOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    mask: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    block_indices: torch.Tensor | None = None,
-    block_size: int | None = None,
-    return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: bool = False, **options: Unpack[AttentionOptions]
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of torch tensors; arguments, results and errors as in :func:`tilewise.attention.attention`.
+
+    Differentiable by `query`, `key`, `value`, `sinks` and the float tensors that `score_mod` captured, through the
+    result and through the LSE. `score_mod` and `mask_mod` are functions of torch operations, or Mods; `seed` None
+    draws one from torch's generator (so ``torch.manual_seed`` and activation checkpointing fix the dropout). Under
+    autocast, query, key and value are cast to its type.
 
     The result lies in memory as ``[batch, queries, heads, value_dim]``, so ``out.transpose(1, 2).flatten(2)`` is free.
 
     Raises:
-        UnsupportedError: a tensor that requires a gradient (the backward pass is not built yet).
+        UnsupportedError: a second derivative, a gradient of keys in pages, a captured tensor of `mask_mod` that
+            requires a gradient.
 
     Example:
         >>> import torch
@@ -151,27 +83,43 @@ def attention(
         >>> attention(q, q, torch.ones(1, 2, 3, 5), causal=True).shape
         torch.Size([1, 2, 3, 5])
     """
-    refuse_device(query=query, key=key, value=value, mask=mask, sinks=sinks, block_indices=block_indices)
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 4:
-            raise ShapeError(f"{name}: expected rank 4 [batch, heads, length, head_dim], got {tuple(tensor.shape)}")
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        raise UnsupportedError("attention: gradients are not built yet; call it under torch.no_grad()")
-    check_blocks(block_indices, block_size)
-    left, right = window_bounds(window)
-    if mask is not None:
-        mask = expand_mask(mask, (query.shape[0], query.shape[1], query.shape[2], key.shape[2]))
-    result = _attention(
+    given: dict[str, Any] = dict(options)
+    unknown = given.keys() - AttentionOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"attention() got an unexpected keyword argument {min(unknown)!r}")
+    get = given.get
+    left, right = window_bounds(get("window", (-1, -1)))
+    check_blocks(get("block_indices"), get("block_size"))
+    splits, mask, sequences, table = int(get("splits", 0)), get("mask"), get("sequences"), get("block_table")
+    check_sequences(
+        sequences, table, splits, mask=mask, block_indices=get("block_indices"), block_mask=get("block_mask")
+    )
+    fields: dict[str, Any] = {}
+    keep = program_of(get("mask_mod"), "mask", traced)
+    if query.dim() == key.dim() == 4:
+        shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        keep, fields = block_fields(get("block_mask"), keep, shape, traced)
+        mask = None if mask is None else expand_mask(mask, shape)
+    dropout = check_dropout(get("dropout", 0.0))
+    result = attend(
         query,
         key,
         value,
-        mask,
-        sinks,
-        block_indices,
-        query.shape[3] ** -0.5 if scale is None else float(scale),
-        causal,
-        -1 if left is None else left,
-        -1 if right is None else right,
-        block_size or 0,
+        scale=get("scale"),
+        score=with_softcap(get("softcap", 0.0), program_of(get("score_mod"), "score", traced)),
+        keep=keep,
+        causal=bool(get("causal", False)),
+        left=left,
+        right=right,
+        mask=mask,
+        sinks=get("sinks"),
+        block_indices=get("block_indices"),
+        block_size=get("block_size") or 0,
+        dropout=dropout,
+        seed=as_seed(get("seed"), dropout),
+        sequences=None if sequences is None else sequences.long(),
+        block_table=None if table is None else table.int(),
+        splits=splits,
+        **fields,
     )
     return result if return_lse else result[0]

@@ -6,7 +6,7 @@
 //! that is why the calls are sound.
 
 use super::kernel::activation::{self, Activation};
-use super::kernel::{pack, pointwise, rows, softmax, tile};
+use super::kernel::{pack, pointwise, rows, slopes, softmax, tile};
 use super::vector::{Both, Bytes, Pairs, Plain, Vector, Widen};
 use super::{Level, level, scalar};
 
@@ -29,6 +29,7 @@ pub struct Table<T: Real> {
     rows_i8: unsafe fn(&rows::Args<T, i8, T>),
     widen_i8: unsafe fn(*const i8, *mut T, usize),
     softmax: unsafe fn(&softmax::Args<T>) -> bool,
+    slopes: unsafe fn(&slopes::Args<T>),
     pack: unsafe fn(&[*const T], usize, usize, *mut T),
     unpack: unsafe fn(*const T, usize, usize, &[*mut T]),
     stack: unsafe fn(*const T, usize, usize, usize, *mut T),
@@ -50,6 +51,7 @@ pub struct HalfTable {
     rows: unsafe fn(&rows::Args<u32, u32, f32>),
     pairs_i8: unsafe fn(*const i8, *mut u32, usize),
     softmax: unsafe fn(&softmax::Args<f32>) -> bool,
+    slopes: unsafe fn(&slopes::Args<f32>, &slopes::Sealed),
     interleave: unsafe fn(*const f32, usize, usize, *mut u32),
     round: unsafe fn(*const f32, *mut u16, usize),
     widen_row: unsafe fn(*const u16, *mut f32, usize),
@@ -67,12 +69,21 @@ pub struct Online<T> {
     pub normaliser: Vec<T>,
     /// Factor by which the last block asks the accumulator to be rescaled.
     pub alpha: Vec<T>,
+    /// Growth of the maximum, in powers of two, that is tolerated before the reference moves.
+    threshold: T,
 }
 
 impl<T: Real> Online<T> {
     /// State for `width` lanes that have attended nothing.
     pub fn new(width: usize) -> Self {
-        Self { reference: vec![T::NEG_INFINITY; width], normaliser: vec![T::ZERO; width], alpha: vec![T::ONE; width] }
+        let (reference, normaliser) = (vec![T::NEG_INFINITY; width], vec![T::ZERO; width]);
+        Self { reference, normaliser, alpha: vec![T::ONE; width], threshold: T::ZERO }
+    }
+
+    /// The same, tolerating growth by `threshold` powers of two before the reference moves.
+    pub fn with_threshold(mut self, threshold: f64) -> Self {
+        self.threshold = T::of(threshold);
+        self
     }
 
     /// Back to the start, for `width` lanes.
@@ -82,6 +93,43 @@ impl<T: Real> Online<T> {
         {
             lanes.clear();
             lanes.resize(width, value);
+        }
+    }
+}
+
+/// One block of the step back through a softmax (see [`slopes`]): `rows * width` scores and products dO V^T, and a lane's
+/// log2-sum and delta.
+#[derive(Debug)]
+pub struct Slopes<'b, T> {
+    /// S, then P.
+    pub scores: &'b mut [T],
+    /// dP, then dS.
+    pub slopes: &'b mut [T],
+    /// Keys.
+    pub rows: usize,
+    /// Lanes, whole registers.
+    pub width: usize,
+    /// What a score is multiplied by before 2^x.
+    pub factor: T,
+    /// L of each lane.
+    pub lse: &'b [T],
+    /// D of each lane.
+    pub delta: &'b [T],
+}
+
+impl<T: Real> Slopes<'_, T> {
+    fn args(&mut self, lanes: usize) -> slopes::Args<T> {
+        let (rows, width, size) = (self.rows, self.width, self.rows * self.width);
+        assert!(width.is_multiple_of(lanes) && size <= self.scores.len() && size <= self.slopes.len());
+        assert!(width <= self.lse.len() && width <= self.delta.len(), "slopes: lanes too short");
+        slopes::Args {
+            scores: self.scores.as_mut_ptr(),
+            slopes: self.slopes.as_mut_ptr(),
+            rows,
+            width,
+            factor: self.factor,
+            lse: self.lse.as_ptr(),
+            delta: self.delta.as_ptr(),
         }
     }
 }
@@ -156,6 +204,7 @@ fn softmax_args<T: Real>(
         rows,
         width,
         factor,
+        threshold: state.threshold,
         reference: state.reference.as_mut_ptr(),
         normaliser: state.normaliser.as_mut_ptr(),
         alpha: state.alpha.as_mut_ptr(),
@@ -238,6 +287,12 @@ impl<T: Real> Table<T> {
     pub fn softmax(&self, scores: &mut [T], rows: usize, width: usize, factor: T, state: &mut Online<T>) -> bool {
         // SAFETY: extents checked by `softmax_args`; level as above.
         unsafe { (self.softmax)(&softmax_args(self.lanes, scores, rows, width, factor, state, &mut [])) }
+    }
+
+    /// One block of the step back through a softmax, in place.
+    pub fn slopes(&self, block: &mut Slopes<'_, T>) {
+        // SAFETY: extents checked by `args`; level as above.
+        unsafe { (self.slopes)(&block.args(self.lanes)) }
     }
 
     /// Packs rows into a panel: `panel[k * width + r] = sources[r][k]`; missing rows are zero.
@@ -472,6 +527,24 @@ impl HalfTable {
         unsafe { (self.stack)(low.as_ptr().cast(), second, low.len(), width, step, out.as_mut_ptr()) }
     }
 
+    /// As [`Table::slopes`], to bfloat16: P and dS as pairs of adjacent lanes, dS as pairs of rows too.
+    pub fn slopes(&self, block: &mut Slopes<'_, f32>, weights: &mut [u32], own: &mut [u32], pairs: &mut [u32]) {
+        let (args, size) = (block.args(self.lanes), block.rows * block.width);
+        assert!(
+            size <= 2 * weights.len() && size <= 2 * own.len() && block.rows.div_ceil(2) * block.width <= pairs.len()
+        );
+        let (weights, slopes) = (weights.as_mut_ptr().cast(), own.as_mut_ptr().cast());
+        // SAFETY: extents checked; level as in `Table`.
+        unsafe { (self.slopes)(&args, &slopes::Sealed { weights, slopes, pairs: pairs.as_mut_ptr() }) }
+    }
+
+    /// Rounds a block to bfloat16, as pairs of adjacent elements.
+    pub fn round_pairs(&self, block: &[f32], pairs: &mut [u32]) {
+        assert!(block.len() <= 2 * pairs.len(), "round_pairs: units too short");
+        // SAFETY: extents checked; two elements fill a unit; level as in `Table`.
+        unsafe { (self.round)(block.as_ptr(), pairs.as_mut_ptr().cast(), block.len()) }
+    }
+
     /// Rounds a lane-major block to bfloat16 pairs of rows.
     pub fn interleave(&self, block: &[f32], rows: usize, width: usize, pairs: &mut [u32]) {
         assert!(
@@ -596,6 +669,11 @@ macro_rules! table {
                 unsafe { softmax::softmax::<V>(args, |args, lane, factor, reference| softmax::in_place::<V>(args, lane, factor, reference)) }
             }
             $(#[$gate])*
+            unsafe fn slopes_entry(args: &slopes::Args<$t>) {
+                // SAFETY: as above.
+                unsafe { slopes::in_place::<V>(args) }
+            }
+            $(#[$gate])*
             unsafe fn pack_entry(sources: &[*const $t], depth: usize, width: usize, panel: *mut $t) {
                 // SAFETY: as above.
                 unsafe { pack::pack::<V>(sources, depth, width, panel) }
@@ -652,6 +730,7 @@ macro_rules! table {
                 rows_i8: rows_i8_entry,
                 widen_i8: widen_i8_entry,
                 softmax: softmax_entry,
+                slopes: slopes_entry,
                 pack: pack_entry,
                 unpack: unpack_entry,
                 activation: activation_entry,
@@ -700,6 +779,11 @@ macro_rules! half_table {
                 unsafe { softmax::softmax::<V>(args, |args, lane, factor, reference| softmax::to_pairs::<V>(args, lane, factor, reference)) }
             }
             $(#[$gate])*
+            unsafe fn slopes_entry(args: &slopes::Args<f32>, to: &slopes::Sealed) {
+                // SAFETY: as above.
+                unsafe { slopes::sealed::<V>(args, to) }
+            }
+            $(#[$gate])*
             unsafe fn interleave_entry(block: *const f32, rows: usize, width: usize, pairs: *mut u32) {
                 // SAFETY: as above.
                 unsafe { pointwise::interleave::<V>(block, rows, width, pairs) }
@@ -743,6 +827,7 @@ macro_rules! half_table {
                 rows: rows_entry,
                 pairs_i8: pairs_i8_entry,
                 softmax: softmax_entry,
+                slopes: slopes_entry,
                 interleave: interleave_entry,
             };
         }

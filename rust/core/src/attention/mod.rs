@@ -8,20 +8,27 @@
 //!
 //! Causal, window, boolean masks and selected blocks differ only in what `schedule` writes.
 
+pub mod backward;
+pub mod blocks;
 mod decode;
+mod dropout;
 mod finish;
+mod mods;
 mod operands;
 mod prefill;
 pub mod problem;
 mod schedule;
+pub mod sequence;
 #[cfg(test)]
 mod tests;
+mod tile;
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::gemm::arithmetic::Arithmetic;
 use crate::view::ArrayMut;
 use half::{bf16, f16};
+use mods::Mods;
 use problem::Problem;
 
 /// Up to this many packed rows (queries times heads of a group) a key/value head goes through the decode path.
@@ -63,11 +70,12 @@ fn typed<S: Arithmetic>(problem: &Problem<'_>, out: ArrayMut<'_>, lse: ArrayMut<
     if size.batch * size.query_heads * size.queries == 0 {
         return Ok(());
     }
+    let mods = Mods::<S::Acc>::bind(problem, false)?;
     let lse = lse.segments::<S::Acc>(1);
     let out = out.rows::<S>();
-    if size.queries * size.group() <= FEW_ROWS {
-        decode::run::<S>(problem, &out, &lse)
-    } else {
-        prefill::run::<S>(problem, &out, &lse)
-    }
+    let few = |&(sequence, _): &(usize, usize)| problem.sequences[sequence].queries * problem.pack() <= FEW_ROWS;
+    let (short, long): (Vec<_>, Vec<_>) = tile::groups(problem).into_iter().partition(few);
+    decode::run::<S>(problem, &mods, &short, &out, &lse)?;
+    prefill::run::<S>(problem, &mods, &long, &out, &lse)?;
+    mods.check()
 }

@@ -1,5 +1,7 @@
 //! What is asked: arrays and rules, checked once.
 
+use super::blocks::{Blocks, Lists};
+use super::sequence::{self, Accessor, Pages, Sequence};
 use crate::dtype::{Dtype, Flag};
 use crate::error::{Error, Result};
 use crate::view::{Array, Matrix};
@@ -8,15 +10,15 @@ use half::{bf16, f16};
 /// Extents of a problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Size {
-    /// Sequences.
+    /// Rows of the query array's first axis.
     pub batch: usize,
     /// Heads of Q and O.
     pub query_heads: usize,
     /// Heads of K and V; divides `query_heads`.
     pub key_heads: usize,
-    /// Queries in a sequence.
+    /// Queries in such a row.
     pub queries: usize,
-    /// Keys in a sequence.
+    /// Keys in a row of the key array; with pages, of the longest sequence.
     pub keys: usize,
     /// Width of a query and a key.
     pub head_dim: usize,
@@ -31,9 +33,11 @@ impl Size {
     }
 }
 
-/// Rules that say which keys a query attends; all of them must agree.
-#[derive(Debug, Clone, Default)]
+/// Everything but the three arrays. Rules that say which keys a query attends must all agree.
+#[derive(Debug, Clone)]
 pub struct Rules<'a> {
+    /// Factor on the scores.
+    pub scale: f64,
     /// Keep `j <= i + keys - queries` (aligned to the bottom right corner).
     pub causal: bool,
     /// Keep `j >= i + keys - queries - left`.
@@ -46,23 +50,68 @@ pub struct Rules<'a> {
     pub block_indices: Option<Array<'a>>,
     /// Keys in a block of `block_indices`.
     pub block_size: usize,
+    /// A block mask.
+    pub lists: Option<Lists<'a>>,
+    /// [query heads]: one more logit per head, without a value.
+    pub sinks: Option<Array<'a>>,
+    /// Probability with which a weight is dropped.
+    pub dropout: f64,
+    /// Seed of the dropped weights.
+    pub seed: u64,
+    /// [sequences, 6]; one per batch row if absent.
+    pub sequences: Option<Array<'a>>,
+    /// [sequences, pages]: key and value are [pages, key heads, page size, dim].
+    pub table: Option<Array<'a>>,
+    /// Decode: number of equal ranges that the keys are cut into; 0 = ranges of a fixed size.
+    pub splits: usize,
+    /// Growth of the running maximum, in powers of two, before the accumulator is rescaled.
+    pub threshold: f64,
 }
+
+impl Default for Rules<'_> {
+    fn default() -> Self {
+        Self {
+            scale: 1.0,
+            causal: false,
+            left: None,
+            right: None,
+            mask: None,
+            block_indices: None,
+            block_size: 0,
+            lists: None,
+            sinks: None,
+            dropout: 0.0,
+            seed: 0,
+            sequences: None,
+            table: None,
+            splits: 0,
+            threshold: THRESHOLD,
+        }
+    }
+}
+
+/// The usual [`Rules::threshold`]: weights stay below 2^8.
+pub const THRESHOLD: f64 = 8.0;
 
 /// A validated problem.
 #[derive(Debug)]
 pub struct Problem<'a> {
     /// [batch, query heads, queries, head dim]
     pub query: Array<'a>,
-    /// [batch, key heads, keys, head dim]
+    /// [batch, key heads, keys, head dim]; with pages [pages, key heads, page size, head dim]
     pub key: Array<'a>,
-    /// [batch, key heads, keys, value dim]
+    /// As `key`, of width value dim.
     pub value: Array<'a>,
-    /// Factor on the scores.
-    pub scale: f64,
-    /// Which keys a query attends.
+    /// The rest of the question.
     pub rules: Rules<'a>,
     /// One more logit per query head, without a value.
     pub sinks: Option<Vec<f64>>,
+    /// Which rows belong together.
+    pub sequences: Vec<Sequence>,
+    /// Where the keys of a paged cache are.
+    pub pages: Option<Pages>,
+    /// The block mask.
+    pub blocks: Option<Blocks>,
     /// Extents.
     pub size: Size,
     /// Type of the three arrays.
@@ -74,15 +123,8 @@ impl<'a> Problem<'a> {
     ///
     /// # Errors
     /// Wrong ranks, extents that do not fit together, heads that do not divide, head dimensions outside 1..=512,
-    /// mixed or unsupported types, a scale that is not finite, block numbers outside the keys.
-    pub fn new(
-        query: Array<'a>,
-        key: Array<'a>,
-        value: Array<'a>,
-        scale: f64,
-        rules: Rules<'a>,
-        sinks: Option<&Array<'a>>,
-    ) -> Result<Self> {
+    /// mixed or unsupported types, a scale that is not finite, sequences, pages or blocks outside the arrays.
+    pub fn new(query: Array<'a>, key: Array<'a>, value: Array<'a>, rules: Rules<'a>) -> Result<Self> {
         let axes = "rank 4 [batch, heads, length, head_dim]";
         for (name, array) in [("query", &query), ("key", &key), ("value", &value)] {
             if array.shape().len() != 4 {
@@ -102,19 +144,16 @@ impl<'a> Problem<'a> {
         }
         let ([batch, query_heads, queries, head_dim], [_, key_heads, keys, _]) = (four(&query), four(&key));
         let value_dim = value.shape()[3];
-        if key.shape()[0] != batch || key.shape()[3] != head_dim {
-            return Err(Error::shape(
-                "key",
-                format!("[{batch}, heads, keys, {head_dim}], to match query"),
-                key.shape(),
-            ));
+        let paged = rules.table.is_some();
+        let free = paged || rules.sequences.is_some();
+        if (key.shape()[0] != batch && !free) || key.shape()[3] != head_dim {
+            let lead = if free { "any".to_string() } else { batch.to_string() };
+            return Err(Error::shape("key", format!("[{lead}, heads, keys, {head_dim}], to match query"), key.shape()));
         }
-        if value.shape()[..3] != [batch, key_heads, keys] {
-            return Err(Error::shape(
-                "value",
-                format!("[{batch}, {key_heads}, {keys}, value_dim], to match key"),
-                value.shape(),
-            ));
+        if value.shape()[..3] != key.shape()[..3] {
+            let [lead, _, keys, _] = four(&key);
+            let allowed = format!("[{lead}, {key_heads}, {keys}, value_dim], to match key");
+            return Err(Error::shape("value", allowed, value.shape()));
         }
         for (name, dim) in [("query", head_dim), ("value", value_dim)] {
             if !(1..=512).contains(&dim) {
@@ -129,43 +168,63 @@ impl<'a> Problem<'a> {
                 key.shape(),
             ));
         }
-        if !scale.is_finite() {
-            return Err(Error::value("scale", "a finite number", scale));
+        check_numbers(&rules)?;
+        let mut size = Size { batch, query_heads, key_heads: key_heads.max(1), queries, keys, head_dim, value_dim };
+        if paged && rules.sequences.is_none() {
+            return Err(Error::value("block_table", "sequences beside it, which say how many keys are used", "none"));
         }
-        let size = Size { batch, query_heads, key_heads: key_heads.max(1), queries, keys, head_dim, value_dim };
+        let list =
+            rules.sequences.as_ref().map(|list| sequence::read(list, &size, key.shape()[0], paged)).transpose()?;
+        let sequences = list.unwrap_or_else(|| sequence::whole(&size));
+        let mut pages = None;
+        if let Some(table) = &rules.table {
+            pages = Some(Pages::read(table, &sequences, key.shape()[0], keys)?);
+            size.keys = sequences.iter().map(|sequence| sequence.keys).max().unwrap_or(0);
+        }
         check_rules(&rules, &size)?;
-        let sinks = sinks.map(|sinks| read_sinks(sinks, query_heads)).transpose()?;
-        Ok(Self { query, key, value, scale, rules, sinks, size, dtype })
+        let blocks = rules.lists.as_ref().map(|lists| Blocks::read(lists, &size, sequences.len())).transpose()?;
+        let sinks = rules.sinks.as_ref().map(|sinks| read_sinks(sinks, query_heads)).transpose()?;
+        Ok(Self { query, key, value, rules, sinks, sequences, pages, blocks, size, dtype })
+    }
+
+    /// Query heads in a packed row group.
+    pub(crate) fn pack(&self) -> usize {
+        if self.blocks.as_ref().is_some_and(Blocks::by_head) { 1 } else { self.size.group() }
+    }
+
+    /// The rows of `array` (keys or values) that a sequence's head reads.
+    pub(crate) fn accessor<'p>(&'p self, array: &'p Array<'a>, sequence: usize, head: usize) -> Accessor<'p, 'a> {
+        Accessor { array, pages: self.pages.as_ref(), number: sequence, sequence: self.sequences[sequence], head }
     }
 
     /// The mask's rows for one head, if there is a mask.
     pub(crate) fn mask(&self, batch: usize, head: usize) -> Option<Matrix<'a, Flag>> {
         self.rules.mask.as_ref().map(|mask| mask.matrix::<Flag>(&[batch, head]))
     }
-
-    /// The key range that causality and window leave to query `i`.
-    pub(crate) fn range(&self, i: usize) -> std::ops::Range<usize> {
-        let keys = self.size.keys as i128;
-        let centre = i as i128 + keys - self.size.queries as i128;
-        let mut low = 0i128;
-        let mut high = keys;
-        if let Some(left) = self.rules.left {
-            low = low.max(centre - left as i128);
-        }
-        if self.rules.causal {
-            high = high.min(centre + 1);
-        }
-        if let Some(right) = self.rules.right {
-            high = high.min(centre + right as i128 + 1);
-        }
-        let high = high.clamp(0, keys);
-        (low.clamp(0, high) as usize)..(high as usize)
-    }
 }
 
 fn four(array: &Array<'_>) -> [usize; 4] {
     let shape = array.shape();
     [shape[0], shape[1], shape[2], shape[3]]
+}
+
+fn check_numbers(rules: &Rules<'_>) -> Result<()> {
+    if !rules.scale.is_finite() {
+        return Err(Error::value("scale", "a finite number", rules.scale));
+    }
+    if !(0.0..=1.0).contains(&rules.dropout) {
+        return Err(Error::value("dropout", "a probability in 0..=1", rules.dropout));
+    }
+    if !(rules.threshold >= 0.0 && rules.threshold <= 64.0) {
+        return Err(Error::value("threshold", "powers of two in 0..=64", rules.threshold));
+    }
+    let placed = rules.sequences.is_some();
+    for (name, array) in [("mask", &rules.mask), ("block_indices", &rules.block_indices)] {
+        if array.is_some() && placed {
+            return Err(Error::value(name, "none beside sequences", "both").hint("write it as a mask_mod"));
+        }
+    }
+    Ok(())
 }
 
 fn check_rules(rules: &Rules<'_>, size: &Size) -> Result<()> {

@@ -21,19 +21,20 @@ fn check<S: Arithmetic>(case: &Case, budget: f64) {
     let chosen: Vec<i64> =
         (0..b * sq * 2).map(|i| if i % 5 == 0 || blocks == 0 { -1 } else { (i as i64 * 7) % blocks.max(1) }).collect();
     let rules = Rules {
+        scale: 0.5,
         causal: case.causal,
         left: case.left,
         right: None,
         mask: case.masked.then(|| Array::from_slice(&flags, &[b, hq, sq, sk]).unwrap()),
         block_indices: (case.block_size > 0).then(|| Array::from_slice(&chosen, &[b, 1, sq, 2]).unwrap()),
         block_size: case.block_size,
+        ..Rules::default()
     };
     let mut out = vec![S::narrow(S::Acc::of(f64::NAN)); b * hq * sq * dv];
     let mut lse = vec![S::Acc::of(f64::NAN); b * hq * sq];
     let view = |data, shape: [usize; 4]| Array::from_slice::<S>(data, &shape).unwrap();
     let problem =
-        Problem::new(view(&q, [b, hq, sq, d]), view(&k, [b, hk, sk, d]), view(&v, [b, hk, sk, dv]), 0.5, rules, None)
-            .unwrap();
+        Problem::new(view(&q, [b, hq, sq, d]), view(&k, [b, hk, sk, d]), view(&v, [b, hk, sk, dv]), rules).unwrap();
     let out_view = ArrayMut::from_slice(&mut out, &[b, hq, sq, dv]).unwrap();
     forward(&problem, out_view, ArrayMut::from_slice(&mut lse, &[b, hq, sq]).unwrap()).unwrap();
     for row in 0..b * hq * sq {
@@ -99,7 +100,7 @@ fn values_match_the_definition_at_every_level() {
 fn wrong_input_is_refused() {
     let data = [0f32; 24];
     let four = |shape: [usize; 4]| Array::from_slice(&data[..shape.iter().product()], &shape).unwrap();
-    let make = |q, k, v| Problem::new(four(q), four(k), four(v), 1.0, Rules::default(), None).unwrap_err().to_string();
+    let make = |q, k, v| Problem::new(four(q), four(k), four(v), Rules::default()).unwrap_err().to_string();
     assert!(make([1, 3, 2, 4], [1, 2, 3, 4], [1, 2, 3, 4]).contains("divides query's 3"));
     assert!(make([1, 1, 2, 4], [1, 1, 2, 3], [1, 1, 2, 4]).contains("to match query"));
     assert!(make([1, 1, 2, 4], [1, 1, 2, 4], [1, 1, 3, 4]).contains("to match key"));

@@ -9,15 +9,49 @@
 //! | bf16 | two bf16 in 32 bits | f32 | dot-product unit, or two fused multiply-adds |
 //! | f16 | f32 (converted) | f32 | fused multiply-add |
 
-use crate::arch::{Ahead, Kernel, Online, Round, half_table};
+use crate::arch::{Ahead, Kernel, Online, Round, Slopes, half_table};
 use crate::dtype::{Float, Real};
+use crate::scratch::Kept;
 use crate::view::Matrix;
 use half::{bf16, f16};
+
+/// Weights and slopes as the products of the backward pass read them; unused where those are the blocks themselves.
+#[derive(Debug, Default)]
+pub struct Sealed<U> {
+    weights: Vec<U>,
+    slopes: Vec<U>,
+    turned: Vec<U>,
+}
+
+impl<U: Copy + Default> Sealed<U> {
+    /// Room for a block of `size` elements.
+    pub fn new(size: usize) -> Self {
+        let room = || vec![U::default(); size];
+        Self { weights: room(), slopes: room(), turned: room() }
+    }
+}
+
+/// Views of sealed blocks: P and dS [keys, units of queries], dS turned [queries, units of keys].
+pub struct Views<'v, U> {
+    /// P
+    pub weights: Matrix<'v, U>,
+    /// dS
+    pub slopes: Matrix<'v, U>,
+    /// dS, turned
+    pub turned: Matrix<'v, U>,
+}
+
+impl<'v, U: Copy> Views<'v, U> {
+    fn of(weights: &'v [U], slopes: &'v [U], rows: usize, width: usize) -> Self {
+        let (weights, slopes) = (Matrix::new(weights, rows, width, width), Matrix::new(slopes, rows, width, width));
+        Self { weights, slopes, turned: slopes.transposed() }
+    }
+}
 
 /// A source type with its way to multiply.
 pub trait Arithmetic: Round + Float<Acc: Kernel> {
     /// What one step along the reduction reads.
-    type Unit: Copy + Default + Send + Sync + 'static;
+    type Unit: Kept + Default + Sync;
     /// Elements in a unit.
     const PER_UNIT: usize;
 
@@ -44,6 +78,8 @@ pub trait Arithmetic: Round + Float<Acc: Kernel> {
     fn rows(x: Matrix<'_, Self::Unit>, w: Matrix<'_, Self::Unit>, out: &mut [Self::Acc], out_row: usize);
     /// A lane-major block of accumulators as units along its rows (rounded to the source type).
     fn seal(block: &[Self::Acc], rows: usize, width: usize, units: &mut [Self::Unit]);
+    /// As [`seal`](Self::seal), to where [`weights`](Self::weights) looks: nothing to do where that is the block itself.
+    fn seal_over(block: &[Self::Acc], rows: usize, width: usize, units: &mut [Self::Unit]);
     /// Up to [`PER_UNIT`](Self::PER_UNIT) rows stacked into one row of units: unit c holds element c of each row.
     fn stack(rows: Matrix<'_, Self>, units: &mut [Self::Unit]);
     /// As [`stack`](Self::stack), cut into blocks of `width` columns (whole registers), `step` units apart:
@@ -72,6 +108,25 @@ pub trait Arithmetic: Round + Float<Acc: Kernel> {
     ) -> bool;
     /// The weights that [`online`](Self::online) left: over the scores, or in `units`.
     fn weights<'w>(scores: &'w [Self::Acc], units: &'w [Self::Unit], count: usize) -> &'w [Self::Unit];
+
+    /// One block of the step back through a softmax; what [`views`](Self::views) then shows.
+    fn slopes(block: &mut Slopes<'_, Self::Acc>, sealed: &mut Sealed<Self::Unit>);
+    /// Seals weights and slopes that were changed after [`Table::slopes`](crate::arch::Table::slopes).
+    fn seal_slopes(
+        weights: &[Self::Acc],
+        slopes: &[Self::Acc],
+        rows: usize,
+        width: usize,
+        sealed: &mut Sealed<Self::Unit>,
+    );
+    /// What the products read.
+    fn views<'v>(
+        weights: &'v [Self::Acc],
+        slopes: &'v [Self::Acc],
+        rows: usize,
+        width: usize,
+        sealed: &'v Sealed<Self::Unit>,
+    ) -> Views<'v, Self::Unit>;
 
     /// Units that cover `depth` elements.
     fn units(depth: usize) -> usize {
@@ -134,6 +189,7 @@ macro_rules! plain {
             fn seal(block: &[$t], rows: usize, width: usize, units: &mut [$t]) {
                 units[..rows * width].copy_from_slice(&block[..rows * width]);
             }
+            fn seal_over(_: &[$t], _: usize, _: usize, _: &mut [$t]) {}
             fn stack(rows: Matrix<'_, $t>, units: &mut [$t]) {
                 <Self as Arithmetic>::copy(rows, units);
             }
@@ -164,6 +220,19 @@ macro_rules! plain {
                     <$t>::table().stream(a, b, c, c_row, accumulate);
                 }
                 b.col_stride() == 1
+            }
+            fn slopes(block: &mut Slopes<'_, $t>, _: &mut Sealed<$t>) {
+                <$t>::table().slopes(block);
+            }
+            fn seal_slopes(_: &[$t], _: &[$t], _: usize, _: usize, _: &mut Sealed<$t>) {}
+            fn views<'v>(
+                weights: &'v [$t],
+                slopes: &'v [$t],
+                rows: usize,
+                width: usize,
+                _: &'v Sealed<$t>,
+            ) -> Views<'v, $t> {
+                Views::of(weights, slopes, rows, width)
             }
         }
     };
@@ -214,6 +283,7 @@ impl Arithmetic for f16 {
             *unit = f16::from_f32(*value).to_f32();
         }
     }
+    fn seal_over(_: &[f32], _: usize, _: usize, _: &mut [f32]) {}
     fn stack(rows: Matrix<'_, f16>, units: &mut [f32]) {
         Self::copy(rows, units);
     }
@@ -238,6 +308,20 @@ impl Arithmetic for f16 {
     }
     fn mixed(_: Matrix<'_, f32>, _: Matrix<'_, f16>, _: &mut [f32], _: usize, _: bool) -> bool {
         false
+    }
+
+    fn slopes(block: &mut Slopes<'_, f32>, _: &mut Sealed<f32>) {
+        f32::table().slopes(block);
+    }
+    fn seal_slopes(_: &[f32], _: &[f32], _: usize, _: usize, _: &mut Sealed<f32>) {}
+    fn views<'v>(
+        weights: &'v [f32],
+        slopes: &'v [f32],
+        rows: usize,
+        width: usize,
+        _: &'v Sealed<f32>,
+    ) -> Views<'v, f32> {
+        Views::of(weights, slopes, rows, width)
     }
 }
 
@@ -301,6 +385,9 @@ impl Arithmetic for bf16 {
     fn seal(block: &[f32], rows: usize, width: usize, units: &mut [u32]) {
         half_table().interleave(block, rows, width, units);
     }
+    fn seal_over(block: &[f32], rows: usize, width: usize, units: &mut [u32]) {
+        Self::seal(block, rows, width, units);
+    }
     fn stack(rows: Matrix<'_, bf16>, units: &mut [u32]) {
         if rows.rows() == 2
             && let (Some(low), Some(high)) = (rows.row(0), rows.row(1))
@@ -348,6 +435,23 @@ impl Arithmetic for bf16 {
             half_table().widen(a, b, c, c_row, accumulate);
         }
         b.col_stride() == 1
+    }
+    fn slopes(block: &mut Slopes<'_, f32>, sealed: &mut Sealed<u32>) {
+        let Sealed { weights, slopes, turned } = sealed;
+        half_table().slopes(block, weights, slopes, turned);
+    }
+    fn seal_slopes(weights: &[f32], slopes: &[f32], rows: usize, width: usize, sealed: &mut Sealed<u32>) {
+        half_table().round_pairs(&weights[..rows * width], &mut sealed.weights);
+        half_table().round_pairs(&slopes[..rows * width], &mut sealed.slopes);
+        half_table().interleave(slopes, rows, width, &mut sealed.turned);
+    }
+    fn views<'v>(_: &'v [f32], _: &'v [f32], rows: usize, width: usize, sealed: &'v Sealed<u32>) -> Views<'v, u32> {
+        let half = width / 2;
+        Views {
+            weights: Matrix::new(&sealed.weights, rows, half, half),
+            slopes: Matrix::new(&sealed.slopes, rows, half, half),
+            turned: Matrix::new(&sealed.turned, rows.div_ceil(2), width, width).transposed(),
+        }
     }
 }
 

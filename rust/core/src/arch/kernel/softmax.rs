@@ -7,15 +7,12 @@
 //! P = 2^(S * c - m);  l = alpha * l + sum(P)
 //! ```
 //! The caller multiplies the output accumulator by alpha. Any reference m gives the same O / l and the same
-//! m + log2(l) in exact arithmetic, so m moves only when the scores grew by more than tau = 8 powers of two: P stays
-//! below 2^8, far from overflow, and nearly all rescaling passes vanish (FlashAttention-4's conditional rescale).
+//! m + log2(l) in exact arithmetic, so m moves only when the scores grew by more than tau (usually 8) powers of two: P
+//! stays below 2^tau, far from overflow, and nearly all rescaling passes vanish (FlashAttention-4's conditional rescale).
 //! A lane whose scores so far are all -inf keeps m = -inf and is computed against 0, so that P is 0, not NaN.
 
 use crate::arch::vector::{Half, Vector};
 use crate::dtype::Real;
-
-/// Growth of the running maximum, in powers of two, that is tolerated before the reference moves.
-pub(crate) const TAU: f64 = 8.0;
 
 /// One block; pointers hold `rows * width` scores and `width` lanes of state.
 pub(crate) struct Args<T> {
@@ -24,6 +21,8 @@ pub(crate) struct Args<T> {
     pub width: usize,
     /// scale * log2(e)
     pub factor: T,
+    /// tau
+    pub threshold: T,
     pub reference: *mut T,
     pub normaliser: *mut T,
     pub alpha: *mut T,
@@ -46,7 +45,7 @@ pub(crate) unsafe fn softmax<V: Vector>(
         let low = V::splat(V::Elem::NEG_INFINITY);
         let (zero, one) = (V::splat(V::Elem::ZERO), V::splat(V::Elem::ONE));
         let factor = V::splat(args.factor);
-        let tau = V::splat(V::Elem::of(TAU));
+        let tau = V::splat(args.threshold);
         let mut lane = 0;
         while lane < args.width {
             let before = V::load(args.reference.add(lane));
