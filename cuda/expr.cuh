@@ -105,9 +105,10 @@ __device__ __forceinline__ f32 smaller(f32 a, f32 b) { return is_nan(a) || a < b
 __device__ __forceinline__ i64 larger(i64 a, i64 b) { return a > b ? a : b; }
 __device__ __forceinline__ i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 
-__device__ __forceinline__ f32 sign(f32 x) { return is_nan(x) ? x : x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : 0.0f; }
+// As torch has it: the sign of NaN is 0.
+__device__ __forceinline__ f32 sign(f32 x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : 0.0f; }
 __device__ __forceinline__ i64 sign(i64 x) { return x > 0 ? 1 : x < 0 ? -1 : 0; }
-__device__ __forceinline__ f32 relu(f32 x) { return is_nan(x) || x > 0.0f ? x : 0.0f; }
+__device__ __forceinline__ f32 relu(f32 x) { return x < 0.0f ? 0.0f : x; }
 
 __device__ __forceinline__ f32 sigmoid(f32 x) {
     const f32 e = expf(-fabsf(x));

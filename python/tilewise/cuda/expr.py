@@ -72,7 +72,8 @@ def parse(text: str) -> Program:
         >>> parse("tilewise-expr 1 mask\\nquery\\nkey\\nge 0 1\\nreturn 2\\n").nodes
         (('query', ()), ('key', ()), ('ge', ('0', '1')))
     """
-    first, *lines = [line for line in text.splitlines() if line.strip()]
+    stripped = (line.split("#")[0].strip() for line in text.splitlines())
+    first, *lines = [line for line in stripped if line]
     head = first.split()
     if len(head) != 3 or head[:2] != ["tilewise-expr", "1"] or head[2] not in ("score", "mask", "gradient"):
         raise ArgumentError(f"program: expected 'tilewise-expr 1 score|mask|gradient', got {first!r}")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tilewise import _core
+from tilewise._arrays import is_torch
 from tilewise.cuda.attention import kernels
 from tilewise.cuda.expr import Mod, capture_argument, render
 from tilewise.cuda.kernel import ITEMSIZES, TYPES
@@ -67,21 +68,15 @@ def _array(name: str, array: Any, query: DeviceArray, dtypes: tuple[str, ...] | 
 
 
 def _table(name: str, array: Any, query: DeviceArray, dtype: str) -> DeviceArray:
-    """Integers beside `query`, contiguous. A host array is copied, which a graph capture refuses."""
-    if isinstance(array, np.ndarray) and not query.is_torch and not hasattr(array, "device_id"):
-        array = _to_device(array, query)
-    elif isinstance(array, np.ndarray) or (query.is_torch and array.device.type == "cpu"):
+    """Integers beside `query`, contiguous. A host array is copied to the GPU, which a graph capture refuses."""
+    if query.is_torch and (isinstance(array, np.ndarray) or (is_torch(array) and array.device.type == "cpu")):
         array = sys.modules["torch"].as_tensor(array).to(query.array.device)
+    elif isinstance(array, np.ndarray) and not isinstance(array, type(query.array)):
+        import cupy  # pyright: ignore[reportMissingImports]
+
+        with cupy.cuda.Device(query.device):
+            array = cupy.asarray(array)
     return _array(name, array, query, ("int32", "int64")).cast(dtype).contiguous()
-
-
-def _to_device(array: np.ndarray, query: DeviceArray) -> Any:
-    if isinstance(array, type(query.array)):
-        return array
-    import cupy  # pyright: ignore[reportMissingImports]
-
-    with cupy.cuda.Device(query.device):
-        return cupy.asarray(array)
 
 
 def rows_together(array: DeviceArray) -> DeviceArray:
