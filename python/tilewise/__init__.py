@@ -4,6 +4,7 @@ Rooms, each under one name on every floor (Rust core, NumPy here, PyTorch in :mo
 
 * :mod:`tilewise.gemm`: matrix products with strided and gathered rows;
 * :mod:`tilewise.attention`: exact attention forward, prefill and decode;
+* :mod:`tilewise.expr`: score and mask functions as programs; :mod:`tilewise.masks` and :mod:`tilewise.mods` name many;
 * :mod:`tilewise.moe`: routers, ``Routing`` and the expert layer;
 * :mod:`tilewise.speculation`: exact verification of drafted tokens.
 
@@ -19,7 +20,9 @@ from tilewise import _core, errors
 
 __version__: str = _core.build_info()["version"]
 
-_ROOMS = ("attention", "cuda", "gemm", "hf", "moe", "reference", "speculation", "testing", "torch")
+_ROOMS = (
+    "attention", "cuda", "expr", "gemm", "hf", "masks", "mods", "moe", "reference", "speculation", "testing", "torch",
+)  # fmt: skip
 
 __all__ = ["__version__", "errors"]
 

@@ -15,6 +15,10 @@ __all__ = [
     "cuda_source",
     "experts",
     "experts_backward",
+    "expr_check",
+    "expr_evaluate",
+    "expr_gradient",
+    "expr_simplify",
     "force_isa",
     "isa_chosen",
     "isa_detected",
@@ -83,6 +87,25 @@ def attention(
     sinks: _Array | None,
     block_indices: _Array | None,
     block_size: int,
+) -> None: ...
+
+# expr
+def expr_check(text: str) -> None: ...
+def expr_simplify(text: str) -> str: ...
+def expr_gradient(text: str) -> str: ...
+def expr_evaluate(
+    text: str,
+    captures: Sequence[_Array],
+    out: _Array,
+    *,
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    score: _Array | None = None,
+    grad: _Array | None = None,
+    grad_captures: Sequence[_Array | None] | None = None,
+    lanes: str = "queries",
 ) -> None: ...
 
 # moe

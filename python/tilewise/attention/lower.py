@@ -35,26 +35,27 @@ def block_fields(
         trace: for the functions.
 
     Raises:
-        ArgumentError: a sliced BlockMask of torch, which has lost its function; both arguments at once.
+        ArgumentError: a sliced BlockMask of torch, which has lost its function; a function; both arguments at once.
+        TypeError: something else.
         ShapeError: a block mask of other lengths.
     """
     if block_mask is None:
         return program_of(mask_mod, "mask", trace), {}
     if mask_mod is not None:
         raise ArgumentError("block_mask and mask_mod: expected one of them; combine the functions with and_masks")
+    if not hasattr(block_mask, "kv_num_blocks"):
+        if callable(block_mask):
+            raise ArgumentError("block_mask: got a function; make the mask once by create_block_mask(mask_mod, ...)")
+        raise TypeError(f"block_mask: expected a BlockMask (tilewise's or torch's), got {type(block_mask).__name__}")
     query_block, key_block = (int(extent) for extent in block_mask.BLOCK_SIZE)
     batch, heads, queries, keys = shape
     fields = {
         name: getattr(block_mask, name)
         for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
     }
-    function = block_mask.mask_mod
-    if getattr(function, "__name__", "") == "_sliced_mask_mod_error":
-        raise ArgumentError(
-            "block_mask: it was sliced, and torch drops the mask_mod then; set block_mask.mask_mod to a function for "
-            "the slice, or slice a tilewise BlockMask, which keeps it"
-        )
-    program = program_of(function, "mask", trace)
+    # Ours is traced already (once, when it was made); torch's is a function.
+    mod = getattr(block_mask, "mod", None)
+    program = program_of(block_mask.mask_mod if mod is None else mod, "mask", trace)
     if min(query_block, key_block) >= 2**30:  # torch's way to say "no mask"
         return both(program, None), {}
     lengths = tuple(int(extent) for extent in block_mask.seq_lengths)

@@ -5,6 +5,6 @@ Nothing here is fast and nothing fast imports it. Tests and doubters compare the
 
 from __future__ import annotations
 
-from tilewise.reference import attention, gemm, moe, speculation
+from tilewise.reference import attention, expr, gemm, moe, speculation
 
-__all__ = ["attention", "gemm", "moe", "speculation"]
+__all__ = ["attention", "expr", "gemm", "moe", "speculation"]

@@ -21,7 +21,11 @@ from tilewise.torch import moe, speculation
 from tilewise.torch.attention import (
     AuxOutput,
     AuxRequest,
+    BlockMask,
+    and_masks,
     attention,
+    create_block_mask,
+    create_mask,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -31,6 +35,8 @@ from tilewise.torch.attention import (
     flash_attn_with_kvcache,
     flex_attention,
     merge_attention,
+    noop_mask,
+    or_masks,
     scaled_dot_product_attention,
 )
 from tilewise.torch.gemm import matmul
@@ -38,7 +44,11 @@ from tilewise.torch.gemm import matmul
 __all__ = [
     "AuxOutput",
     "AuxRequest",
+    "BlockMask",
+    "and_masks",
     "attention",
+    "create_block_mask",
+    "create_mask",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
@@ -50,6 +60,8 @@ __all__ = [
     "matmul",
     "merge_attention",
     "moe",
+    "noop_mask",
+    "or_masks",
     "scaled_dot_product_attention",
     "speculation",
 ]

@@ -5,6 +5,7 @@
 //! sources as text.
 //!
 //! Rooms, each one concept under the name it has on every floor:
+//! * [`expr`]: programs that modify attention: check, simplify, differentiate, interpret by tiles, bound a block;
 //! * [`gemm`]: blocking and packing around the matrix micro-kernels;
 //! * [`attention`]: forward attention by tiles, and decode by key chunks;
 //! * [`moe`]: routers, `Routing`, and the expert layer;
@@ -26,6 +27,7 @@ pub mod threads;
 pub mod view;
 
 pub mod attention;
+pub mod expr;
 pub mod gemm;
 pub mod moe;
 pub mod speculation;

@@ -92,6 +92,11 @@ impl<'a> Array<'a> {
         &self.strides
     }
 
+    /// Address of the element at index 0 of every axis; dangling if the array is empty.
+    pub(crate) fn as_ptr(&self) -> *const u8 {
+        self.data
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.shape.iter().product()
@@ -295,6 +300,11 @@ impl<'a, T: Copy> Matrix<'a, T> {
         Self { rows: 2, row_stride: self.row_stride * apart, ..self.part(first..first + 1, 0..self.cols) }
     }
 
+    /// Bytes from the first element to another matrix's first.
+    pub fn bytes_to(&self, other: &Self) -> isize {
+        (other.data as isize).wrapping_sub(self.data as isize)
+    }
+
     /// Rows and columns exchanged.
     pub fn transposed(&self) -> Self {
         Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..*self }
@@ -410,6 +420,16 @@ impl<'a> ArrayMut<'a> {
             prefer_large_pages(self.data, count * self.dtype.bytes());
         }
         self
+    }
+
+    /// The one element of a view without axes, as a row.
+    ///
+    /// # Panics
+    /// On a wrong type or rank.
+    pub fn row_of_one<T: Element>(self) -> &'a mut [T] {
+        assert!(self.dtype == T::DTYPE && self.shape.is_empty(), "row_of_one(): wrong type or rank");
+        // SAFETY: a view of rank 0 is one writable element, and this view was the only access to it.
+        unsafe { std::slice::from_raw_parts_mut(self.data.cast(), 1) }
     }
 
     /// The last axis cut into `parts` equal ones: [.., n] becomes [.., parts, n / parts].

@@ -149,12 +149,8 @@ fn attention_backward(
     let problem = problem(py, [&query, &key, &value], &rules)?;
     let (out, lse, grad_out) = (hold("out", out)?, hold("lse", lse)?, hold("grad_out", grad_out)?);
     let grad_lse = hold_optional("grad_lse", grad_lse)?;
-    let upstream = Upstream {
-        out: out.array()?,
-        lse: lse.array()?,
-        grad_out: grad_out.array()?,
-        grad_lse: optional(&grad_lse)?,
-    };
+    let upstream =
+        Upstream { out: out.array()?, lse: lse.array()?, grad_out: grad_out.array()?, grad_lse: optional(&grad_lse)? };
     let mut query = hold_optional("grad_query", grad_query)?;
     let mut key = hold_optional("grad_key", grad_key)?;
     let mut value = hold_optional("grad_value", grad_value)?;

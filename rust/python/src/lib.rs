@@ -12,6 +12,7 @@ mod attention;
 mod config;
 mod cuda;
 mod door;
+mod expr;
 mod gemm;
 mod moe;
 mod speculation;
@@ -23,6 +24,7 @@ use pyo3::prelude::*;
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     config::register(module)?;
     cuda::register(module)?;
+    expr::register(module)?;
     gemm::register(module)?;
     attention::register(module)?;
     moe::register(module)?;

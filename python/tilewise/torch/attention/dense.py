@@ -7,6 +7,7 @@ from typing import Any, Literal, Unpack, overload
 import torch
 from torch import Tensor
 
+from tilewise.attention.blocks import BlockMask
 from tilewise.attention.lower import block_fields, program_of
 from tilewise.attention.options import (
     AttentionOptions,
@@ -19,17 +20,43 @@ from tilewise.attention.options import (
 )
 from tilewise.attention.programs import Program
 from tilewise.errors import ArgumentError
+from tilewise.expr import Mod
+from tilewise.torch.attention.blocks import coerce
 from tilewise.torch.attention.operators import attend, random_seed
+from tilewise.torch.expr import trace
 
-__all__ = ["attention", "traced"]
+__all__ = ["attention", "tensor_mask", "traced"]
+
+
+def _mod(function: Any, kind: str) -> Mod:
+    return trace(function, kind)
+
+
+def _mod_of_mask(block_mask: Any) -> Mod:
+    return block_mask.mod
+
+
+# torch.compile does not follow a trace, so one within a graph breaks it; a Mod, or a mask that has one, does not.
+_mod_apart = torch.compiler.disable(_mod)
+_mod_of_mask_apart = torch.compiler.disable(_mod_of_mask)
 
 
 def traced(function: Any, kind: str) -> Program:
     """The program of a torch function or a Mod."""
-    from tilewise.torch import expr
-
-    mod = expr.trace(function, kind)
+    if isinstance(function, Mod) and function.kind == kind:
+        mod = function
+    else:
+        mod = _mod_apart(function, kind) if torch.compiler.is_compiling() else _mod(function, kind)
     return Program(mod.program, tuple(mod.captures))
+
+
+def tensor_mask(block_mask: Any) -> Any:
+    """A block mask whose arrays are tensors; the NumPy floor's is taken over, others stay as they are."""
+    if isinstance(block_mask, BlockMask) and not isinstance(block_mask.kv_num_blocks, Tensor):
+        return coerce(block_mask)
+    if isinstance(block_mask, BlockMask) and block_mask._mod is None and torch.compiler.is_compiling():
+        _mod_of_mask_apart(block_mask)
+    return block_mask
 
 
 def as_seed(seed: int | Tensor | None, dropout: float) -> Tensor | None:
@@ -98,7 +125,7 @@ def attention(
     keep = program_of(get("mask_mod"), "mask", traced)
     if query.dim() == key.dim() == 4:
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        keep, fields = block_fields(get("block_mask"), keep, shape, traced)
+        keep, fields = block_fields(tensor_mask(get("block_mask")), keep, shape, traced)
         mask = None if mask is None else expand_mask(mask, shape)
     dropout = check_dropout(get("dropout", 0.0))
     result = attend(

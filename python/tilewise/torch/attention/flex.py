@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 from tilewise.attention.lower import block_fields, program_of
 from tilewise.errors import ArgumentError, ShapeError, UnsupportedError
-from tilewise.torch.attention.dense import traced
+from tilewise.torch.attention.dense import tensor_mask, traced
 from tilewise.torch.attention.operators import attend
 
 __all__ = ["AuxOutput", "AuxRequest", "flex_attention"]
@@ -103,7 +103,7 @@ def flex_attention(
             "ask for lse, which bounds it: max_scores <= lse <= max_scores + log(keys)"
         )
     _check_options(kernel_options)
-    keep, fields = block_fields(block_mask, None, (batch, heads, queries, keys), traced)
+    keep, fields = block_fields(tensor_mask(block_mask), None, (batch, heads, queries, keys), traced)
     score = program_of(score_mod, "score", traced)
     out, lse = attend(query, key, value, scale=scale, score=score, keep=keep, **fields)
     if return_aux is not None:

@@ -4,13 +4,14 @@
 //! * `vector`: the traits kernels are written in; `scalar`, `avx2`, `avx512`, `neon`: one implementation each;
 //! * `kernel/`: the algorithms, once, over the traits;
 //! * [`table`]: a table of function pointers per level, with safe, checked methods. Rooms use nothing else.
-//! * [`ranking`]: the same for the kernels of choosing.
+//! * [`ranking`]: the same for the kernels of choosing; [`lanes`]: for the operations of expressions.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod kernel;
+pub mod lanes;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 pub mod ranking;

@@ -160,6 +160,7 @@ fn tile_args<A: Copy, B: Copy, T>(
         width,
         accumulate,
         ahead: std::ptr::null_mut(),
+        toward: AHEAD * b.row_stride() * size_of::<B>() as isize,
     }
 }
 
@@ -185,6 +186,9 @@ fn rows_args<X: Copy, W: Copy, T>(
         depth: x.cols(),
         out: out.as_mut_ptr(),
         out_row,
+        toward: (rows::AHEAD_BYTES / (x.cols() * size_of::<W>()).max(1)).max(1) as isize
+            * w.row_stride()
+            * size_of::<W>() as isize,
     }
 }
 
@@ -257,9 +261,18 @@ impl<T: Real> Table<T> {
         unsafe { (self.walk)(&args) }
     }
 
-    /// As [`tile`](Self::tile), for a B that comes from memory.
-    pub fn stream(&self, a: Matrix<'_, T>, b: Matrix<'_, T>, c: &mut [T], c_row: usize, accumulate: bool) {
-        let args = tile_args(self.lanes, self.registers, a, b, c, c_row, accumulate);
+    /// As [`tile`](Self::tile), for a B that comes from memory; `next` is what follows it, if that lies elsewhere.
+    pub fn stream(
+        &self,
+        a: Matrix<'_, T>,
+        b: Matrix<'_, T>,
+        c: &mut [T],
+        c_row: usize,
+        accumulate: bool,
+        next: Option<Matrix<'_, T>>,
+    ) {
+        let mut args = tile_args(self.lanes, self.registers, a, b, c, c_row, accumulate);
+        args.toward = next.map_or(args.toward, |next| b.bytes_to(&next));
         // SAFETY: as in `tile`.
         unsafe { (self.stream)(&args) }
     }
@@ -268,6 +281,21 @@ impl<T: Real> Table<T> {
     pub fn rows(&self, x: Matrix<'_, T>, w: Matrix<'_, T>, out: &mut [T], out_row: usize) {
         // SAFETY: extents checked by `rows_args`; level as above.
         unsafe { (self.rows)(&rows_args(x, w, out, out_row)) }
+    }
+
+    /// As [`rows`](Self::rows), asking for the rows `next` meanwhile.
+    pub fn rows_toward(
+        &self,
+        x: Matrix<'_, T>,
+        w: Matrix<'_, T>,
+        out: &mut [T],
+        out_row: usize,
+        next: Option<Matrix<'_, T>>,
+    ) {
+        let mut args = rows_args(x, w, out, out_row);
+        args.toward = next.map_or(args.toward, |next| w.bytes_to(&next));
+        // SAFETY: extents checked by `rows_args`; level as above.
+        unsafe { (self.rows)(&args) }
     }
 
     /// As [`rows`](Self::rows), on rows of bytes.
@@ -404,8 +432,16 @@ impl HalfTable {
         unsafe { (self.walk)(&args) }
     }
 
-    /// As [`Table::tile`], single precision times bfloat16 lanes.
-    pub fn widen(&self, a: Matrix<'_, f32>, b: Matrix<'_, half::bf16>, c: &mut [f32], c_row: usize, accumulate: bool) {
+    /// As [`Table::stream`], single precision times bfloat16 lanes.
+    pub fn widen(
+        &self,
+        a: Matrix<'_, f32>,
+        b: Matrix<'_, half::bf16>,
+        c: &mut [f32],
+        c_row: usize,
+        accumulate: bool,
+        next: Option<Matrix<'_, half::bf16>>,
+    ) {
         let args = tile_args(self.lanes, self.registers, a, b, c, c_row, accumulate);
         // SAFETY: extents checked; `bf16` is a transparent `u16`; level as in `Table`.
         unsafe {
@@ -422,6 +458,7 @@ impl HalfTable {
                 width: args.width,
                 accumulate,
                 ahead: args.ahead,
+                toward: next.map_or(args.toward, |next| b.bytes_to(&next)),
             })
         }
     }
@@ -442,6 +479,21 @@ impl HalfTable {
     pub fn rows(&self, x: Matrix<'_, u32>, w: Matrix<'_, u32>, out: &mut [f32], out_row: usize) {
         // SAFETY: extents checked by `rows_args`; level as in `Table`.
         unsafe { (self.rows)(&rows_args(x, w, out, out_row)) }
+    }
+
+    /// As [`Table::rows_toward`], on bfloat16 pairs.
+    pub fn rows_toward(
+        &self,
+        x: Matrix<'_, u32>,
+        w: Matrix<'_, u32>,
+        out: &mut [f32],
+        out_row: usize,
+        next: Option<Matrix<'_, u32>>,
+    ) {
+        let mut args = rows_args(x, w, out, out_row);
+        args.toward = next.map_or(args.toward, |next| w.bytes_to(&next));
+        // SAFETY: extents checked by `rows_args`; level as in `Table`.
+        unsafe { (self.rows)(&args) }
     }
 
     /// A row of bytes as bfloat16 pairs (exact); an odd last one is paired with zero.
@@ -636,17 +688,17 @@ macro_rules! table {
             $(#[$gate])*
             unsafe fn tile_entry(args: &tile::Args<$t, $t, $t>) {
                 // SAFETY: the caller of a table's entry guarantees `Args`.
-                unsafe { tile::tile::<Plain<V>, $m1, $m2, $m3, 0, false>(args) }
+                unsafe { tile::tile::<Plain<V>, $m1, $m2, $m3, false, false>(args) }
             }
             $(#[$gate])*
             unsafe fn walk_entry(args: &tile::Args<$t, $t, $t>) {
                 // SAFETY: as above.
-                unsafe { tile::tile::<Plain<V>, $m1, $m2, $m3, 0, true>(args) }
+                unsafe { tile::tile::<Plain<V>, $m1, $m2, $m3, false, true>(args) }
             }
             $(#[$gate])*
             unsafe fn stream_entry(args: &tile::Args<$t, $t, $t>) {
                 // SAFETY: as above.
-                unsafe { tile::tile::<Plain<V>, $m1, $m2, $m3, AHEAD, false>(args) }
+                unsafe { tile::tile::<Plain<V>, $m1, $m2, $m3, true, false>(args) }
             }
             $(#[$gate])*
             unsafe fn rows_entry(args: &rows::Args<$t, $t, $t>) {
@@ -751,17 +803,17 @@ macro_rules! half_table {
             $(#[$gate])*
             unsafe fn tile_entry(args: &tile::Args<u32, u32, f32>) {
                 // SAFETY: the caller of a table's entry guarantees `Args`.
-                unsafe { tile::tile::<$dot, $m1, $m2, $m3, 0, false>(args) }
+                unsafe { tile::tile::<$dot, $m1, $m2, $m3, false, false>(args) }
             }
             $(#[$gate])*
             unsafe fn walk_entry(args: &tile::Args<u32, u32, f32>) {
                 // SAFETY: as above.
-                unsafe { tile::tile::<$dot, $m1, $m2, $m3, 0, true>(args) }
+                unsafe { tile::tile::<$dot, $m1, $m2, $m3, false, true>(args) }
             }
             $(#[$gate])*
             unsafe fn widen_entry(args: &tile::Args<f32, u16, f32>) {
                 // SAFETY: as above.
-                unsafe { tile::tile::<Widen<V>, $m1, $m2, $m3, AHEAD, false>(args) }
+                unsafe { tile::tile::<Widen<V>, $m1, $m2, $m3, true, false>(args) }
             }
             $(#[$gate])*
             unsafe fn rows_entry(args: &rows::Args<u32, u32, f32>) {

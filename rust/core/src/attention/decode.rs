@@ -25,12 +25,15 @@ use crate::gemm::pack::line_stride;
 use crate::gemm::{SERIAL_WORK, inner_products};
 use crate::threads;
 use crate::view::{Matrix, Rows};
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// Keys in a visit.
 const STEP: usize = 512;
 /// Keys whose values are weighted at a time.
-const BLOCK: usize = 32;
+const BLOCK: usize = 64;
+/// Memory of one key that tasks take together: a page.
+const ROW_BYTES: usize = 4096;
 
 /// Result of one visit: per row the reference, the normaliser, and the accumulator.
 struct Partial<T> {
@@ -56,37 +59,63 @@ pub fn run<'a, S: Arithmetic>(
         Schedule::new(problem, tile, step, 1, mods.has_mask())
     };
     let schedules: Vec<_> = tiles.iter().map(plan).collect();
-    let tasks: Vec<(usize, Visit)> = schedules
-        .iter()
-        .enumerate()
-        .flat_map(|(number, s)| s.visits.iter().map(move |&visit| (number, visit)))
-        .collect();
-    let partials: Vec<Mutex<Option<Partial<S::Acc>>>> = tasks.iter().map(|_| Mutex::new(None)).collect();
-    let work: usize = tasks.iter().map(|(number, visit)| visit.len * tiles[*number].count).sum();
+    let tasks = tasks(problem, &tiles, &schedules);
+    let partials: Vec<Mutex<Vec<Partial<S::Acc>>>> = tasks.iter().map(|_| Mutex::new(Vec::new())).collect();
+    let work: usize =
+        tasks.iter().flat_map(|task| tiles[task.tiles.clone()].iter().map(|tile| tile.count * task.visit.len)).sum();
     let serial = work.saturating_mul(size.head_dim + size.value_dim) <= SERIAL_WORK;
     let stage = Stage { problem, mods, dropout: Dropout::of(problem) };
     threads::for_each(
         tasks.len(),
         serial,
         || Scratch::<S>::new(mods),
-        |task, scratch| {
-            let (number, visit) = tasks[task];
-            let partial = one_visit::<S>(&stage, &schedules[number], &tiles[number], visit, scratch);
-            *partials[task].lock().unwrap_or_else(PoisonError::into_inner) = Some(partial);
+        |number, scratch| {
+            let task = &tasks[number];
+            let own = task.tiles.clone();
+            let results = one_visit::<S>(&stage, &schedules[own.clone()], &tiles[own], task.visit, scratch);
+            *partials[number].lock().unwrap_or_else(PoisonError::into_inner) = results;
         },
     )?;
-    let mut partials = tasks.iter().map(|(number, _)| *number).zip(partials).peekable();
-    for (number, tile) in tiles.iter().enumerate() {
-        let mut state = Online::new(tile.count);
-        let mut sums = vec![S::Acc::ZERO; tile.count * size.value_dim];
-        while let Some((_, slot)) = partials.next_if(|(of, _)| *of == number) {
-            if let Some(partial) = slot.into_inner().unwrap_or_else(PoisonError::into_inner) {
-                fold(&mut state, &mut sums, &partial, size.value_dim);
-            }
+    let mut states: Vec<_> =
+        tiles.iter().map(|tile| (Online::new(tile.count), vec![S::Acc::ZERO; tile.count * size.value_dim])).collect();
+    for (task, results) in tasks.iter().zip(partials) {
+        let results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+        for (number, partial) in task.tiles.clone().zip(results) {
+            let (state, sums) = &mut states[number];
+            fold(state, sums, &partial, size.value_dim);
         }
+    }
+    for (tile, (mut state, mut sums)) in tiles.iter().zip(states) {
         write(problem, tile, &mut state, &mut sums, out, lse);
     }
     Ok(())
+}
+
+/// One visit of one key/value head, or of several that lie side by side.
+struct Task {
+    tiles: Range<usize>,
+    visit: Visit,
+}
+
+/// All tasks, in ascending order of keys for each tile.
+///
+/// Where the heads of a key lie side by side, a head alone would take a piece of every page of memory, which is read at
+/// half the speed: heads that visit the same keys then share a task, as many as fill [`ROW_BYTES`].
+fn tasks(problem: &Problem<'_>, tiles: &[Tile], schedules: &[Schedule<'_>]) -> Vec<Task> {
+    let strides = problem.key.strides();
+    let aside = strides[1].unsigned_abs() < strides[2].unsigned_abs();
+    let most = if aside { (ROW_BYTES / (problem.size.head_dim * problem.dtype.bytes())).max(1) } else { 1 };
+    let mut tasks = Vec::new();
+    let mut first = 0;
+    while first < tiles.len() {
+        let joins = |other: &usize| {
+            tiles[*other].sequence == tiles[first].sequence && schedules[*other].visits == schedules[first].visits
+        };
+        let count = (first..tiles.len()).take(most).take_while(joins).count();
+        tasks.extend(schedules[first].visits.iter().map(|&visit| Task { tiles: first..first + count, visit }));
+        first += count;
+    }
+    tasks
 }
 
 /// What all visits share.
@@ -114,81 +143,119 @@ impl<S: Arithmetic> Scratch<S> {
 
 fn one_visit<S: Arithmetic>(
     stage: &Stage<'_, '_, '_, S::Acc>,
-    schedule: &Schedule<'_>,
-    tile: &Tile,
+    schedules: &[Schedule<'_>],
+    tiles: &[Tile],
     visit: Visit,
     scratch: &mut Scratch<S>,
-) -> Partial<S::Acc> {
-    let (problem, table, rows) = (stage.problem, S::Acc::table(), tile.count);
-    let size = problem.size;
+) -> Vec<Partial<S::Acc>> {
+    let (problem, size) = (stage.problem, stage.problem.size);
     let depth = S::units(size.head_dim);
     let stride = line_stride(depth);
     let Scratch { lines, converted, values, scores, worker } = scratch;
+    let starts: Vec<usize> =
+        tiles.iter().scan(0, |sum, tile| Some(std::mem::replace(sum, *sum + tile.count))).collect();
+    let rows = tiles.iter().map(|tile| tile.count).sum::<usize>();
     lines.resize(rows * stride, S::Unit::default());
-    for lane in 0..rows {
-        let line = &mut lines[lane * stride..lane * stride + depth];
-        S::copy(tile.row(problem, &problem.query, lane), line);
+    for (tile, start) in tiles.iter().zip(&starts) {
+        for lane in 0..tile.count {
+            let line = &mut lines[(start + lane) * stride..(start + lane) * stride + depth];
+            S::copy(tile.row(problem, &problem.query, lane), line);
+        }
     }
+    // Heads side by side are read together, a block of keys after the other.
     let keys = visit.start..visit.start + visit.len;
+    let block = if tiles.len() == 1 { visit.len } else { BLOCK };
+    let blocks = || keys.clone().step_by(block).map(|start| start..keys.end.min(start + block));
     scores.resize((rows * visit.len).max(scores.len()), S::Acc::ZERO);
     let scores = &mut scores[..rows * visit.len];
-    let queries = Matrix::new(lines, rows, depth, stride);
-    tile.keys(problem).runs::<S>(keys.clone(), |key, run| {
-        inner_products::<S>(queries, run, converted, &mut scores[key - visit.start..], visit.len);
-    });
+    for part in blocks() {
+        for (tile, start) in tiles.iter().zip(&starts) {
+            let queries = Matrix::new(&lines[start * stride..], tile.count, depth, stride);
+            let own = &mut scores[start * visit.len..];
+            tile.keys(problem).stream::<S>(part.clone(), |key, run, next| {
+                inner_products::<S>(queries, run, converted, &mut own[key - visit.start..], visit.len, next);
+            });
+        }
+    }
+    let width = size.value_dim.next_multiple_of(S::lanes());
+    let mut results = Vec::with_capacity(tiles.len());
+    let mut hidden = Vec::with_capacity(tiles.len());
+    for ((tile, schedule), start) in tiles.iter().zip(schedules).zip(&starts) {
+        let own = &mut scores[start * visit.len..(start + tile.count) * visit.len];
+        let (partial, masked) = weigh(stage, schedule, tile, visit, own, worker);
+        results.push(Partial { sums: vec![S::Acc::ZERO; tile.count * width], ..partial });
+        hidden.push(masked);
+    }
+    for part in blocks() {
+        for (number, (tile, start)) in tiles.iter().zip(&starts).enumerate() {
+            let own = &scores[start * visit.len..(start + tile.count) * visit.len];
+            let weights = Matrix::new(own, tile.count, visit.len, visit.len);
+            let (masked, sums) = (&hidden[number], &mut results[number].sums);
+            tile.values(problem).stream::<S>(part.clone(), |key, run, next| {
+                let first = key - visit.start;
+                let weights = weights.part(0..tile.count, first..first + run.rows());
+                let hides = |row: usize, at: usize| !masked.is_empty() && masked[row * visit.len + first + at];
+                weighted_values(weights, (run, next), !masked.is_empty(), hides, sums, values);
+            });
+        }
+    }
+    if width != size.value_dim {
+        for partial in &mut results {
+            partial.sums = partial.sums.chunks(width).flat_map(|line| &line[..size.value_dim]).copied().collect();
+        }
+    }
+    results
+}
+
+/// Scores to weights, rows of `visit.len` keys. Also says which keys a row must not see, if there may be any.
+fn weigh<T: Kernel>(
+    stage: &Stage<'_, '_, '_, T>,
+    schedule: &Schedule<'_>,
+    tile: &Tile,
+    visit: Visit,
+    scores: &mut [T],
+    worker: &mut Worker<T>,
+) -> (Partial<T>, Vec<bool>) {
+    let (problem, table) = (stage.problem, T::table());
+    let keys = visit.start..visit.start + visit.len;
     if problem.rules.scale == 0.0 {
         // Every score is 0 then; -inf * 0 under the mask would be NaN.
-        scores.fill(S::Acc::ZERO);
+        scores.fill(T::ZERO);
     }
-    let factor = exponent::<S::Acc>(problem, stage.mods.has_score());
+    let factor = exponent::<T>(problem, stage.mods.has_score());
     if stage.mods.has_score() {
         scale(problem, scores);
         worker.score_rows(tile, keys.clone(), scores, visit.len);
     }
+    let blank = finish::blank(factor);
     if visit.partial {
-        schedule.mask(visit, scores, 1, visit.len, finish::blank(factor));
+        schedule.mask(visit, scores, 1, visit.len, blank);
     }
     if visit.program {
-        worker.mask_rows(tile, keys.clone(), scores, visit.len, finish::blank(factor));
+        worker.mask_rows(tile, keys.clone(), scores, visit.len, blank);
     }
-    // Which values that are not finite a row must not see: asked before the scores become weights.
-    let blank = finish::blank(factor);
-    let masked: Vec<bool> =
-        if visit.is_masked() { scores.iter().map(|&score| score == blank).collect() } else { Vec::new() };
-    let mut partial =
-        Partial { reference: vec![S::Acc::NEG_INFINITY; rows], normaliser: vec![S::Acc::ZERO; rows], sums: Vec::new() };
+    // Asked before the scores become weights.
+    let masked = if visit.is_masked() { scores.iter().map(|&score| score == blank).collect() } else { Vec::new() };
+    let (mut reference, mut normaliser) = (vec![T::NEG_INFINITY; tile.count], vec![T::ZERO; tile.count]);
     for (row, line) in scores.chunks_mut(visit.len).enumerate() {
         let top = table.row_max(line, factor);
-        let empty = top == S::Acc::NEG_INFINITY;
-        let sum = table.row_exp2(line, factor, if empty { S::Acc::ZERO } else { top });
-        partial.normaliser[row] = sum;
+        let empty = top == T::NEG_INFINITY;
+        let sum = table.row_exp2(line, factor, if empty { T::ZERO } else { top });
+        normaliser[row] = sum;
         // A row of NaN scores has no largest one, yet must not pass for empty.
-        partial.reference[row] = if empty && sum != S::Acc::ZERO { S::Acc::ZERO } else { top };
+        reference[row] = if empty && sum != T::ZERO { T::ZERO } else { top };
     }
     if let Some(dropout) = &stage.dropout {
-        dropout.apply(problem, tile, keys.clone(), scores, (1, visit.len));
+        dropout.apply(problem, tile, keys, scores, (1, visit.len));
     }
-    let width = size.value_dim.next_multiple_of(S::lanes());
-    let mut sums = vec![S::Acc::ZERO; rows * width];
-    let weights = Matrix::new(scores, rows, visit.len, visit.len);
-    tile.values(problem).runs::<S>(keys, |key, run| {
-        let first = key - visit.start;
-        let weights = weights.part(0..rows, first..first + run.rows());
-        let hidden = |row: usize, at: usize| !masked.is_empty() && masked[row * visit.len + first + at];
-        weighted_values(weights, run, !masked.is_empty(), hidden, &mut sums, values);
-    });
-    partial.sums = sums;
-    if width != size.value_dim {
-        partial.sums = partial.sums.chunks(width).flat_map(|line| &line[..size.value_dim]).copied().collect();
-    }
-    partial
+    (Partial { reference, normaliser, sums: Vec::new() }, masked)
 }
 
 /// `sums += P V`: blocks of keys that stay in the first-level cache, a strip of registers at a time. `hidden` says which
 /// keys of a masked range a row must not see.
 fn weighted_values<S: Arithmetic>(
     weights: Matrix<'_, S::Acc>,
-    value: Matrix<'_, S>,
+    (value, next): (Matrix<'_, S>, Option<Matrix<'_, S>>),
     masked: bool,
     hidden: impl Fn(usize, usize) -> bool,
     sums: &mut [S::Acc],
@@ -202,7 +269,8 @@ fn weighted_values<S: Arithmetic>(
         for c in (0..width).step_by(S::panel()) {
             let strip = S::panel().min(width - c);
             let whole = c + strip <= dim && !masked;
-            if whole && S::mixed(weights, value.part(keys.clone(), c..c + strip), &mut sums[c..], width, true) {
+            let next = next.map(|next| next.part(0..1, c..dim.min(c + strip)));
+            if whole && S::mixed(weights, value.part(keys.clone(), c..c + strip), &mut sums[c..], width, next) {
                 continue;
             }
             // Converted, or completed to whole registers; what is not finite is left to the rows that attend it.

@@ -45,6 +45,9 @@ impl Sequence {
     }
 }
 
+/// Keys at the end of a page that ask for the next page.
+const TURN: usize = 16;
+
 /// Columns of the array that describes sequences.
 const COLUMNS: [&str; 6] = ["query_batch", "query_start", "query_count", "key_batch", "key_start", "key_count"];
 
@@ -195,8 +198,24 @@ impl<'a> Accessor<'_, 'a> {
         }
     }
 
-    /// Whether all keys are one run.
-    pub fn is_contiguous(&self) -> bool {
-        self.pages.is_none()
+    /// As [`runs`](Self::runs), for reading from memory: with each run comes what to ask for meanwhile, where that does not
+    /// follow it at the same distance. Runs are then cut so that this is never far.
+    pub fn stream<T: crate::dtype::Element>(
+        &self,
+        keys: Range<usize>,
+        mut body: impl FnMut(usize, Matrix<'a, T>, Option<Matrix<'a, T>>),
+    ) {
+        let Some(pages) = self.pages else { return self.runs(keys, |key, run| body(key, run, None)) };
+        let mut key = keys.start;
+        while key < keys.end {
+            let rest = pages.size - key % pages.size;
+            // The end of a page asks for the next one; what is before it, for its end.
+            let count = if rest > TURN { rest - TURN } else { rest };
+            let run = self.run(key, count.min(keys.end - key));
+            let after = key + rest;
+            let next = (rest <= TURN && after < self.sequence.keys).then(|| self.run(after, 1));
+            body(key, run, next);
+            key += run.rows();
+        }
     }
 }

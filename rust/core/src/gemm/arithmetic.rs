@@ -75,7 +75,17 @@ pub trait Arithmetic: Round + Float<Acc: Kernel> {
         ahead: &mut Ahead,
     );
     /// Inner products along the units; see [`Table::rows`](crate::arch::Table::rows).
-    fn rows(x: Matrix<'_, Self::Unit>, w: Matrix<'_, Self::Unit>, out: &mut [Self::Acc], out_row: usize);
+    fn rows(x: Matrix<'_, Self::Unit>, w: Matrix<'_, Self::Unit>, out: &mut [Self::Acc], out_row: usize) {
+        Self::rows_toward(x, w, out, out_row, None);
+    }
+    /// As [`rows`](Self::rows), asking for the rows `next` meanwhile.
+    fn rows_toward(
+        x: Matrix<'_, Self::Unit>,
+        w: Matrix<'_, Self::Unit>,
+        out: &mut [Self::Acc],
+        out_row: usize,
+        next: Option<Matrix<'_, Self::Unit>>,
+    );
     /// A lane-major block of accumulators as units along its rows (rounded to the source type).
     fn seal(block: &[Self::Acc], rows: usize, width: usize, units: &mut [Self::Unit]);
     /// As [`seal`](Self::seal), to where [`weights`](Self::weights) looks: nothing to do where that is the block itself.
@@ -87,13 +97,14 @@ pub trait Arithmetic: Round + Float<Acc: Kernel> {
     fn stack_blocks(rows: Matrix<'_, Self>, width: usize, step: usize, units: &mut [Self::Unit]);
     /// A lane-major block of units into lines: `lines[r][k] = block[k * width + r]` for `k < count`.
     fn turn(block: &[Self::Unit], count: usize, width: usize, lines: &mut [&mut [Self::Unit]]);
-    /// Accumulators times lanes of source elements, if the kernel for it exists and B's rows are adjacent lanes.
+    /// `c +=` accumulators times lanes of source elements that come from memory, if the kernel for it exists and B's rows
+    /// are adjacent lanes; asks for `next` meanwhile.
     fn mixed(
         a: Matrix<'_, Self::Acc>,
         b: Matrix<'_, Self>,
         c: &mut [Self::Acc],
         c_row: usize,
-        accumulate: bool,
+        next: Option<Matrix<'_, Self>>,
     ) -> bool;
 
     /// One block of the online softmax over a lane-major score block; see [`Table::softmax`](crate::arch::Table::softmax).
@@ -183,8 +194,14 @@ macro_rules! plain {
             ) {
                 <$t>::table().tile_ahead(a, b, c, c_row, accumulate, ahead);
             }
-            fn rows(x: Matrix<'_, $t>, w: Matrix<'_, $t>, out: &mut [$t], out_row: usize) {
-                <$t>::table().rows(x, w, out, out_row);
+            fn rows_toward(
+                x: Matrix<'_, $t>,
+                w: Matrix<'_, $t>,
+                out: &mut [$t],
+                out_row: usize,
+                next: Option<Matrix<'_, $t>>,
+            ) {
+                <$t>::table().rows_toward(x, w, out, out_row, next);
             }
             fn seal(block: &[$t], rows: usize, width: usize, units: &mut [$t]) {
                 units[..rows * width].copy_from_slice(&block[..rows * width]);
@@ -215,9 +232,15 @@ macro_rules! plain {
             fn weights<'w>(scores: &'w [$t], _: &'w [$t], count: usize) -> &'w [$t] {
                 &scores[..count]
             }
-            fn mixed(a: Matrix<'_, $t>, b: Matrix<'_, $t>, c: &mut [$t], c_row: usize, accumulate: bool) -> bool {
+            fn mixed(
+                a: Matrix<'_, $t>,
+                b: Matrix<'_, $t>,
+                c: &mut [$t],
+                c_row: usize,
+                next: Option<Matrix<'_, $t>>,
+            ) -> bool {
                 if b.col_stride() == 1 {
-                    <$t>::table().stream(a, b, c, c_row, accumulate);
+                    <$t>::table().stream(a, b, c, c_row, true, next);
                 }
                 b.col_stride() == 1
             }
@@ -275,8 +298,14 @@ impl Arithmetic for f16 {
     ) {
         f32::table().tile_ahead(a, b, c, c_row, accumulate, ahead);
     }
-    fn rows(x: Matrix<'_, f32>, w: Matrix<'_, f32>, out: &mut [f32], out_row: usize) {
-        <f32 as Arithmetic>::rows(x, w, out, out_row);
+    fn rows_toward(
+        x: Matrix<'_, f32>,
+        w: Matrix<'_, f32>,
+        out: &mut [f32],
+        out_row: usize,
+        next: Option<Matrix<'_, f32>>,
+    ) {
+        f32::table().rows_toward(x, w, out, out_row, next);
     }
     fn seal(block: &[f32], rows: usize, width: usize, units: &mut [f32]) {
         for (unit, value) in units.iter_mut().zip(&block[..rows * width]) {
@@ -306,7 +335,7 @@ impl Arithmetic for f16 {
     fn weights<'w>(scores: &'w [f32], _: &'w [f32], count: usize) -> &'w [f32] {
         &scores[..count]
     }
-    fn mixed(_: Matrix<'_, f32>, _: Matrix<'_, f16>, _: &mut [f32], _: usize, _: bool) -> bool {
+    fn mixed(_: Matrix<'_, f32>, _: Matrix<'_, f16>, _: &mut [f32], _: usize, _: Option<Matrix<'_, f16>>) -> bool {
         false
     }
 
@@ -379,8 +408,14 @@ impl Arithmetic for bf16 {
     ) {
         half_table().tile_ahead(a, b, c, c_row, accumulate, ahead);
     }
-    fn rows(x: Matrix<'_, u32>, w: Matrix<'_, u32>, out: &mut [f32], out_row: usize) {
-        half_table().rows(x, w, out, out_row);
+    fn rows_toward(
+        x: Matrix<'_, u32>,
+        w: Matrix<'_, u32>,
+        out: &mut [f32],
+        out_row: usize,
+        next: Option<Matrix<'_, u32>>,
+    ) {
+        half_table().rows_toward(x, w, out, out_row, next);
     }
     fn seal(block: &[f32], rows: usize, width: usize, units: &mut [u32]) {
         half_table().interleave(block, rows, width, units);
@@ -430,9 +465,15 @@ impl Arithmetic for bf16 {
     fn weights<'w>(_: &'w [f32], units: &'w [u32], count: usize) -> &'w [u32] {
         &units[..count]
     }
-    fn mixed(a: Matrix<'_, f32>, b: Matrix<'_, bf16>, c: &mut [f32], c_row: usize, accumulate: bool) -> bool {
+    fn mixed(
+        a: Matrix<'_, f32>,
+        b: Matrix<'_, bf16>,
+        c: &mut [f32],
+        c_row: usize,
+        next: Option<Matrix<'_, bf16>>,
+    ) -> bool {
         if b.col_stride() == 1 {
-            half_table().widen(a, b, c, c_row, accumulate);
+            half_table().widen(a, b, c, c_row, true, next);
         }
         b.col_stride() == 1
     }

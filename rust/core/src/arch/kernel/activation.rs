@@ -83,7 +83,7 @@ unsafe fn gelu_tanh<V: Vector>(x: V) -> V {
 
 /// Ascending coefficients of `exp(z^2) erfc(z) / t` in `t = 1 / (1 + 0.45 z)`, z >= 0: a minimax fit of relative error
 /// 3.2e-8 (Lawson's iteration on 200 Chebyshev nodes of t, values to 40 digits).
-const SCALED_ERFC: [f64; 10] = [
+pub(crate) const SCALED_ERFC: [f64; 10] = [
     0.253_885_320_938_142_64,
     0.253_883_150_209_516_7,
     0.228_271_898_226_812_32,
@@ -96,7 +96,7 @@ const SCALED_ERFC: [f64; 10] = [
     -0.041_398_553_088_626_84,
 ];
 /// The constant in `t`.
-const SCALED_ERFC_GAIN: f64 = 0.45;
+pub(crate) const SCALED_ERFC_GAIN: f64 = 0.45;
 
 /// (Phi(x), phi(x)): distribution and density of the normal law. Relative error of x Phi(x) below 6e-7 for |x| < 3, then
 /// growing with the rounding of x^2 (7e-6 at -13). Double precision goes lane by lane through libm, for correctness.

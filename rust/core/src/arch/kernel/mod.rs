@@ -8,9 +8,12 @@
 //! * [`pack`]: transposition into panels and back, rows stacked into units;
 //! * [`activation`]: the function between an expert's two products, and its derivative;
 //! * [`rank`]: which elements of a row are large, and the scores they are ranked by (routers, token rounding);
-//! * [`pointwise`]: small row operations.
+//! * [`pointwise`]: small row operations;
+//! * [`lanes`]: the operations of expressions over slices, in plain Rust; [`elementary`]: their functions of one number.
 
 pub(super) mod activation;
+pub(super) mod elementary;
+pub(super) mod lanes;
 pub(super) mod pack;
 pub(super) mod pointwise;
 pub(super) mod rank;

@@ -6,7 +6,7 @@
 //! ```
 //! Departures: (1) one row of W at a time, so that memory sees one stream in order (four streams side by side reached
 //! 60 % of the bandwidth that one reaches), or two where W is bytes: one load of X then serves both; (2) sixteen
-//! horizontal sums are done together; (3) W is asked for in advance, and passes the larger caches by where there is one
+//! horizontal sums are done together; (3) W is asked for in advance, by rows (theirs may lie far apart, and the next ones elsewhere), and passes the larger caches by where there is one
 //! pass over it. W is read from memory once as long as 16 of its rows fit the second-level cache. Both operands have
 //! `depth` units per row; a ragged end is copied to a zeroed buffer, since nothing may be read past a row's end. The units
 //! of W may be narrower than those of X (bytes, widened on load): then memory gives more of them.
@@ -14,8 +14,8 @@
 use crate::arch::vector::{Along, Vector};
 use crate::dtype::Real;
 
-/// How far ahead of the products W is asked for, along its own memory: rows usually follow each other.
-const AHEAD_BYTES: usize = 8192;
+/// How far ahead of the products W is asked for, in bytes of its rows.
+pub(crate) const AHEAD_BYTES: usize = 8192;
 
 /// What one call multiplies; strides count units.
 pub(crate) struct Args<X, W, C> {
@@ -29,6 +29,8 @@ pub(crate) struct Args<X, W, C> {
     /// `out[x * out_row + w]`
     pub out: *mut C,
     pub out_row: usize,
+    /// Bytes from a unit of W to the one that is asked for meanwhile.
+    pub toward: isize,
 }
 
 type ArgsOf<D> = Args<<D as Along>::X, <D as Along>::W, <<D as Along>::V as Vector>::Elem>;
@@ -40,7 +42,7 @@ unsafe fn block<D: Along, const XN: usize, const WN: usize>(args: &ArgsOf<D>, x0
     let (line, register) = (64, lanes * size_of::<D::W>());
     let steps = (line / register).max(2);
     // Rows of W side by side: where memory gives many units for the loads of X that each takes, those are shared.
-    let side = if lanes == 16 && steps > 2 && XN > 1 && WN.is_multiple_of(2) { 2 } else { 1 };
+    let side = if lanes == 16 && (steps > 2 || XN > 2) && XN > 1 && WN.is_multiple_of(2) { 2 } else { 1 };
     // Sums per product, so that neighbouring steps do not wait for each other: a narrow unit takes more steps, and a
     // single row of X has too few sums for all of them. (More for more rows would not fit the registers.)
     let chains = if XN * side <= 2 { steps.min(4) } else { 2 };
@@ -63,7 +65,7 @@ unsafe fn block<D: Along, const XN: usize, const WN: usize>(args: &ArgsOf<D>, x0
                     let mut wk = [D::load_w(row(0).add(at)); 2];
                     for s in 0..side {
                         if step * register % line == 0 {
-                            let ahead = row(s).wrapping_byte_add(AHEAD_BYTES).wrapping_add(at);
+                            let ahead = row(s).wrapping_byte_offset(args.toward).wrapping_add(at);
                             if once { D::V::prefetch_once(ahead) } else { D::V::prefetch(ahead) }
                         }
                         wk[s] = D::load_w(row(s).add(at));

@@ -67,6 +67,8 @@ pub(crate) struct Args<A, B, C> {
     pub accumulate: bool,
     /// Null, or what to ask for meanwhile.
     pub ahead: *mut Ahead,
+    /// Bytes from a unit of B to the one that a B from memory asks for meanwhile.
+    pub toward: isize,
 }
 
 #[inline(always)]
@@ -74,7 +76,7 @@ unsafe fn strip<
     D: Dot,
     const MR: usize,
     const NV: usize,
-    const AHEAD: isize,
+    const MEMORY: bool,
     const ADJACENT: bool,
     const WALK: bool,
 >(
@@ -108,9 +110,9 @@ unsafe fn strip<
                     walk.next += 1;
                 }
             }
-            if AHEAD > 0 {
+            if MEMORY {
                 for v in 0..NV {
-                    D::V::prefetch(b.wrapping_offset(AHEAD * args.b_step).wrapping_add(v * lanes));
+                    D::V::prefetch(b.wrapping_byte_offset(args.toward).wrapping_add(v * lanes));
                 }
             }
             let mut lane_units = [D::load_b(b); NV];
@@ -143,7 +145,7 @@ unsafe fn strips<
     D: Dot,
     const NV: usize,
     const MAX: usize,
-    const AHEAD: isize,
+    const MEMORY: bool,
     const ADJACENT: bool,
     const WALK: bool,
 >(
@@ -153,29 +155,29 @@ unsafe fn strips<
     // SAFETY: each strip stays inside `rows`.
     unsafe {
         while args.rows - row >= MAX {
-            strip::<D, MAX, NV, AHEAD, ADJACENT, WALK>(args, row);
+            strip::<D, MAX, NV, MEMORY, ADJACENT, WALK>(args, row);
             row += MAX;
         }
         if MAX > 8 && args.rows - row >= 8 {
-            strip::<D, 8, NV, AHEAD, ADJACENT, WALK>(args, row);
+            strip::<D, 8, NV, MEMORY, ADJACENT, WALK>(args, row);
             row += 8;
         }
         if MAX > 4 && args.rows - row >= 4 {
-            strip::<D, 4, NV, AHEAD, ADJACENT, WALK>(args, row);
+            strip::<D, 4, NV, MEMORY, ADJACENT, WALK>(args, row);
             row += 4;
         }
         if args.rows - row >= 2 {
-            strip::<D, 2, NV, AHEAD, ADJACENT, WALK>(args, row);
+            strip::<D, 2, NV, MEMORY, ADJACENT, WALK>(args, row);
             row += 2;
         }
         if args.rows - row >= 1 {
-            strip::<D, 1, NV, AHEAD, ADJACENT, WALK>(args, row);
+            strip::<D, 1, NV, MEMORY, ADJACENT, WALK>(args, row);
         }
     }
 }
 
 /// The product. `M1`, `M2`, `M3` are the strip heights for rows of one, two and three registers (`M3` = 0: rows of
-/// at most two). `AHEAD` rows of B are asked for in advance: for a B that comes from memory (0: one that is in a cache).
+/// at most two). `MEMORY`: B comes from memory, and what lies `toward` is asked for.
 /// `WALK`: `args.ahead` is valid and is walked.
 ///
 /// # Safety
@@ -186,7 +188,7 @@ pub(crate) unsafe fn tile<
     const M1: usize,
     const M2: usize,
     const M3: usize,
-    const AHEAD: isize,
+    const MEMORY: bool,
     const WALK: bool,
 >(
     args: &Args<D::A, D::B, <D::V as Vector>::Elem>,
@@ -194,12 +196,12 @@ pub(crate) unsafe fn tile<
     // SAFETY: forwarded.
     unsafe {
         match (args.width / D::V::LANES, args.a_row == 1) {
-            (1, true) => strips::<D, 1, M1, AHEAD, true, WALK>(args),
-            (2, true) => strips::<D, 2, M2, AHEAD, true, WALK>(args),
-            (3, true) if M3 > 0 => strips::<D, 3, M3, AHEAD, true, WALK>(args),
-            (1, false) => strips::<D, 1, M1, AHEAD, false, WALK>(args),
-            (2, false) => strips::<D, 2, M2, AHEAD, false, WALK>(args),
-            (3, false) if M3 > 0 => strips::<D, 3, M3, AHEAD, false, WALK>(args),
+            (1, true) => strips::<D, 1, M1, MEMORY, true, WALK>(args),
+            (2, true) => strips::<D, 2, M2, MEMORY, true, WALK>(args),
+            (3, true) if M3 > 0 => strips::<D, 3, M3, MEMORY, true, WALK>(args),
+            (1, false) => strips::<D, 1, M1, MEMORY, false, WALK>(args),
+            (2, false) => strips::<D, 2, M2, MEMORY, false, WALK>(args),
+            (3, false) if M3 > 0 => strips::<D, 3, M3, MEMORY, false, WALK>(args),
             (registers, _) => unreachable!("a panel of {registers} registers"),
         }
     }
