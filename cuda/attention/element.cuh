@@ -39,14 +39,14 @@ __device__ __forceinline__ bool kept(const Problem& p, const typename Mod::Captu
     return true;
 }
 
-// Purpose `Dropout` of rust/core/src/rng.rs. One counter serves four neighbouring keys:
+// Purpose `Drop` of rust/core/src/rng.rs. One counter serves four neighbouring keys:
 //   [sequence * query heads + head (low 32 bits), query, key / 4, purpose], word key % 4.
-constexpr u32 PURPOSE_DROPOUT = 6;
+constexpr u32 PURPOSE_DROP = 6;
 
 // Bit 0: `key`, which is even, is dropped; bit 1: the next one is.
 __device__ __forceinline__ u32 dropped_pair(const Problem& p, const Sequence& sequence, i32 head, i32 query, i32 key) {
     const i64 stream = static_cast<i64>(sequence.number) * p.query_heads + head;
-    const Words words = philox({static_cast<u32>(stream), static_cast<u32>(query), static_cast<u32>(key) / 4, PURPOSE_DROPOUT},
+    const Words words = philox({static_cast<u32>(stream), static_cast<u32>(query), static_cast<u32>(key) / 4, PURPOSE_DROP},
                                static_cast<u32>(p.seed), static_cast<u32>(p.seed >> 32));
     const u32 first = key % 4 == 0 ? words.x : words.z, second = key % 4 == 0 ? words.y : words.w;
     return static_cast<u32>(first < p.drop_below) | static_cast<u32>(second < p.drop_below) << 1;

@@ -210,7 +210,7 @@ class Problem:
         if dropout > 0:
             self.features |= kernels.DROPOUT
             a["seed"] = int(self.rules.seed) % 2**64
-            a["drop_below"] = int(dropout * 2**32)
+            a["drop_below"] = round(dropout * 2**32)
             a["keep_scale"] = 1.0 / (1.0 - dropout) if dropout < 1 else 0.0
 
     def _bounds(self) -> None:
