@@ -103,9 +103,16 @@ def lists(codes: np.ndarray) -> dict[str, np.ndarray]:
     return made
 
 
-@pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize(
-    ("blocks", "extent"), [((16, 32), (1, 1)), ((32, 16), (2, 4)), ((128, 128), (1, 1)), ((24, 40), (2, 1))], ids=str
+    ("blocks", "extent", "dtype"),
+    [
+        ((16, 32), (1, 1), "bfloat16"),
+        ((32, 16), (2, 4), "bfloat16"),
+        ((128, 128), (1, 1), "bfloat16"),
+        ((24, 40), (2, 1), "bfloat16"),
+        ((24, 40), (1, 4), "float32"),
+    ],
+    ids=str,
 )
 def test_a_block_mask(place: Place, dtype: str, blocks: tuple[int, int], extent: tuple[int, int]) -> None:
     generator = np.random.default_rng(3)
@@ -121,15 +128,17 @@ def test_a_block_mask(place: Place, dtype: str, blocks: tuple[int, int], extent:
     check(make(dtype, shape, **rules), place)
 
 
-@pytest.mark.parametrize("dtype", BOTH)
-@pytest.mark.parametrize("probability", [0.3, 1.0])
+@pytest.mark.parametrize(("probability", "dtype"), [(0.3, "bfloat16"), (1.0, "bfloat16"), (0.3, "float32")])
 def test_dropout(place: Place, dtype: str, probability: float) -> None:
     out, _ = check(make(dtype, (2, 4, 2, 37, 70, 24, 24), dropout=probability, seed=2**40 + 5), place)
     assert out.any() == (probability < 1)
 
 
-@pytest.mark.parametrize("dtype", BOTH)
-@pytest.mark.parametrize("width", [(80, 96), (192, 128), (256, 256), (200, 40)], ids=str)
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [((80, 96), "bfloat16"), ((192, 128), "bfloat16"), ((256, 256), "bfloat16"), ((100, 200), "float32")],
+    ids=str,
+)
 def test_wide_heads(place: Place, dtype: str, width: tuple[int, int]) -> None:
     check(make(dtype, (1, 2, 1, 40, 70, *width), causal=True), place)
 
@@ -137,8 +146,9 @@ def test_wide_heads(place: Place, dtype: str, width: tuple[int, int]) -> None:
 # --- decode: few rows, parts of the keys ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", BOTH)
-@pytest.mark.parametrize("splits", [0, 1, 3, 40])
+@pytest.mark.parametrize(
+    ("splits", "dtype"), [(0, "bfloat16"), (1, "bfloat16"), (3, "bfloat16"), (40, "bfloat16"), (0, "float32")]
+)
 def test_parts_of_the_keys_equal_the_whole(place: Place, dtype: str, splits: int) -> None:
     sinks = np.array([0.0, 1.0, -2.0, 0.5], np.float32)
     for queries, rules in ((1, {}), (3, {"causal": True, "sinks": sinks}), (9, {"left": 30})):
@@ -157,8 +167,15 @@ def test_a_row_does_not_know_its_batch(place: Place, dtype: str) -> None:
         assert np.array_equal(lse[1:2], alone_lse)
 
 
-@pytest.mark.parametrize("dtype", BOTH)
-@pytest.mark.parametrize("shape", [(2, 8, 2, 19, 150, 24, 24), (1, 4, 4, 1, 1200, 64, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 8, 2, 19, 150, 24, 24), "bfloat16"),
+        ((1, 4, 4, 1, 1200, 64, 64), "bfloat16"),
+        ((2, 8, 2, 19, 150, 24, 24), "float32"),
+    ],
+    ids=str,
+)
 def test_selected_blocks(place: Place, dtype: str, shape: tuple[int, ...]) -> None:
     generator = np.random.default_rng(4)
     batch, _, key_heads, queries, keys = shape[:5]
@@ -215,10 +232,14 @@ def check_packed(case: Case, place: Place, *, backward: bool = True) -> None:
         np.testing.assert_allclose(found[3], grads.sinks, atol=floor * max(1.0, float(np.abs(grads.sinks).max())))
 
 
-@pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize(
-    ("queries", "keys", "gap"),
-    [([0, 20, 70, 0, 3, 0], [5, 33, 70, 0, 0, 9], 0), ([17, 40], [80, 40], 3), ([0, 0], [0, 0], 2)],
+    ("queries", "keys", "gap", "dtype"),
+    [
+        ([0, 20, 70, 0, 3, 0], [5, 33, 70, 0, 0, 9], 0, "bfloat16"),
+        ([17, 40], [80, 40], 3, "bfloat16"),
+        ([0, 0], [0, 0], 2, "bfloat16"),
+        ([17, 40], [80, 40], 3, "float32"),
+    ],
     ids=str,
 )
 def test_packed_sequences(
@@ -232,8 +253,7 @@ def test_packed_sequences(
     check_packed(make(dtype, shape, sequences=rows, mask_mod=CAUSAL, dropout=0.25, seed=9), place)
 
 
-@pytest.mark.parametrize("dtype", BOTH)
-@pytest.mark.parametrize("page_size", [16, 24])
+@pytest.mark.parametrize(("page_size", "dtype"), [(16, "bfloat16"), (24, "bfloat16"), (24, "float32")])
 def test_pages(place: Place, dtype: str, page_size: int) -> None:
     generator = np.random.default_rng(5)
     counts = [700, 0, 37, 1]

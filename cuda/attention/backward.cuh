@@ -95,24 +95,11 @@ __device__ __forceinline__ void query_gradient(const Problem& p, const typename 
     constexpr i32 N = Shape::WALKED, GROUPS = N / 8;
     constexpr bool HAS_LISTS = (FEATURES & LISTS) != 0;
 
-    const i32 group = p.query_heads / p.key_heads, parts = group / p.pack;
-    const i64 heads = static_cast<i64>(p.key_heads) * parts;
-    i64 tile, number, head_part;
-    if (p.sequences != nullptr) {
-        const i64 tiles = gridDim.x / heads;
-        tile = blockIdx.x % tiles;
-        head_part = blockIdx.x / tiles;
-        number = find_sequence(p, tile, Shape::M, false);
-        if (number < 0) return;
-    } else {
-        const i64 tiles = gridDim.x / (heads * p.batches);
-        tile = tiles - 1 - blockIdx.x % tiles;
-        head_part = blockIdx.x / tiles % heads;
-        number = blockIdx.x / (tiles * heads);
-    }
-    const Sequence sequence(p, number);
-    const i32 key_head = static_cast<i32>(head_part / parts);
-    const Rows rows = rows_of(p, sequence, tile, Shape::M, key_head * group + static_cast<i32>(head_part % parts) * p.pack);
+    const Task<Shape::M> task(p, blockIdx.x);
+    if (task.number < 0) return;
+    const Sequence sequence(p, task.number);
+    const i32 key_head = task.key_head;
+    const Rows rows = rows_of(p, sequence, task.tile, Shape::M, task.first_head);
     if (rows.first >= rows.end) return;
     const Columns columns(p, sequence, rows, HAS_LISTS);
 

@@ -53,26 +53,11 @@ __device__ __forceinline__ void forward(const Problem& p, const typename Mod::Ca
     constexpr bool HAS_LISTS = (FEATURES & LISTS) != 0, IN_PAGES = (FEATURES & PAGED) != 0;
     static_assert(GROUPS % 2 == 0 && OUT % 2 == 0, "matrices are loaded in pairs");
 
-    // Which rows: tiles of a head follow each other, so its keys stay in the cache; the longest rows go first.
-    const i32 group = p.query_heads / p.key_heads, parts = group / p.pack;
-    const i64 heads = static_cast<i64>(p.key_heads) * parts;
-    const bool listed_sequences = p.sequences != nullptr;
-    i64 tile, number, head_part;
-    if (listed_sequences) {
-        const i64 tiles = gridDim.x / heads;
-        tile = blockIdx.x % tiles;
-        head_part = blockIdx.x / tiles;
-        number = find_sequence(p, tile, Shape::M, false);
-        if (number < 0) return;
-    } else {
-        const i64 tiles = gridDim.x / (heads * p.batches);
-        tile = tiles - 1 - blockIdx.x % tiles;
-        head_part = blockIdx.x / tiles % heads;
-        number = blockIdx.x / (tiles * heads);
-    }
-    const Sequence sequence(p, number);
-    const i32 key_head = static_cast<i32>(head_part / parts);
-    const Rows rows = rows_of(p, sequence, tile, Shape::M, key_head * group + static_cast<i32>(head_part % parts) * p.pack);
+    const Task<Shape::M> task(p, blockIdx.x);
+    if (task.number < 0) return;
+    const Sequence sequence(p, task.number);
+    const i32 key_head = task.key_head;
+    const Rows rows = rows_of(p, sequence, task.tile, Shape::M, task.first_head);
     if (rows.first >= rows.end) return;
     const Columns columns(p, sequence, rows, HAS_LISTS);
 
@@ -196,7 +181,7 @@ __device__ __forceinline__ void forward(const Problem& p, const typename Mod::Ca
                         f32& x = score.at[i / 2][j][i % 2 * 2 + k];
                         const bool keep = kept<Mod, FEATURES>(p, captures, sequence, own, key, decides);
                         if (Mod::SCORE) {
-                            if (keep) x = Mod::score(captures, x * p.scale, number, own.head, own.query, key) * LOG2_E;
+                            if (keep) x = Mod::score(captures, x * p.scale, sequence.number, own.head, own.query, key) * LOG2_E;
                         } else {
                             x *= p.scale_log2;
                         }
@@ -332,13 +317,20 @@ __device__ __forceinline__ void forward(const Problem& p, const typename Mod::Ca
     }
 
     // Sinks, the quotient, the stores.
+    // Where they go is found again: it need not stay in registers while tiles are multiplied.
+    i64 block = blockIdx.x;
+    forget(block);
+    const Task<Shape::M> again(p, block);
+    const Sequence place(p, again.number);
+    const Rows targets = rows_of(p, place, again.tile, Shape::M, again.first_head);
 #pragma unroll
     for (i32 i = 0; i < R * 2; ++i) {
-        const Row own = row_at(i);
-        if (!own.real) continue;
+        const i32 row = targets.first + warp_row + i * 8 + lane / 4;
+        if (row >= targets.end) continue;
+        const i32 own_query = targets.query(p, row), own_head = targets.head(p, row);
         f32 sum = total[i / 2][i % 2], peak = reference[i / 2][i % 2], factor = 1.0f;
         if ((FEATURES & SPLIT) == 0 && p.sinks != nullptr) {
-            const f32 sink = p.sinks[own.head] * LOG2_E, larger = fmaxf(peak, sink), safe = larger == -infinity() ? 0.0f : larger;
+            const f32 sink = p.sinks[own_head] * LOG2_E, larger = fmaxf(peak, sink), safe = larger == -infinity() ? 0.0f : larger;
             factor = power_of_two<f32>(peak - safe);
             sum = sum * factor + power_of_two<f32>(sink - safe);
             peak = larger;
@@ -347,10 +339,10 @@ __device__ __forceinline__ void forward(const Problem& p, const typename Mod::Ca
         const f32 lse = sum == 0.0f ? -infinity() : (peak + log2f(sum)) * LN_2;
         const bool stores_lse = lane % 4 == 0 && (!Shape::SPREAD || warp == 0);
         if (FEATURES & SPLIT) {
-            const i64 row = ((blockIdx.y * p.batches + sequence.query_batch) * p.query_heads + own.head) * p.queries +
-                            sequence.query_start + own.query;
-            if (stores_lse) p.partial_lse[row] = lse;
-            f32* target = p.partial + row * p.value_width;
+            const i64 part = ((blockIdx.y * p.batches + place.query_batch) * p.query_heads + own_head) * p.queries +
+                            place.query_start + own_query;
+            if (stores_lse) p.partial_lse[part] = lse;
+            f32* target = p.partial + part * p.value_width;
 #pragma unroll
             for (i32 j = 0; j < OUT; ++j) {
                 const i32 column = j * 8 + lane % 4 * 2;
@@ -360,8 +352,8 @@ __device__ __forceinline__ void forward(const Problem& p, const typename Mod::Ca
             }
         } else {
             const f32 scaled = quotient * p.keep_scale;
-            if (stores_lse) p.lse[query_place(p.lse_at, sequence, own.head, own.query)] = lse;
-            T* target = static_cast<T*>(p.out) + query_place(p.out_at, sequence, own.head, own.query);
+            if (stores_lse) p.lse[query_place(p.lse_at, place, own_head, own_query)] = lse;
+            T* target = static_cast<T*>(p.out) + query_place(p.out_at, place, own_head, own_query);
 #pragma unroll
             for (i32 j = 0; j < OUT; ++j) {
                 const i32 column = j * 8 + lane % 4 * 2;

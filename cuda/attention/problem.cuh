@@ -158,6 +158,33 @@ __device__ __forceinline__ Rows rows_of(const Problem& p, const Sequence& sequen
     return rows;
 }
 
+// The tile of packed rows that a block of the grid owns. Tiles of a head follow each other, so its keys stay in the cache;
+// the longest rows go first.
+template <i32 SIZE> struct Task {
+    i64 number;  // of the sequence; -1: none
+    i64 tile;
+    i32 key_head, first_head;
+
+    __device__ __forceinline__ Task(const Problem& p, i64 block) {
+        const i32 group = p.query_heads / p.key_heads, parts = group / p.pack;
+        const i64 heads = static_cast<i64>(p.key_heads) * parts;
+        i64 part;
+        if (p.sequences != nullptr) {
+            const i64 tiles = gridDim.x / heads;
+            tile = block % tiles;
+            part = block / tiles;
+            number = find_sequence(p, tile, SIZE, false);
+        } else {
+            const i64 tiles = gridDim.x / (heads * p.batches);
+            tile = tiles - 1 - block % tiles;
+            part = block / tiles % heads;
+            number = block / (tiles * heads);
+        }
+        key_head = static_cast<i32>(part / parts);
+        first_head = key_head * group + static_cast<i32>(part % parts) * p.pack;
+    }
+};
+
 // A row of the lists: those of (sequence, head, block), where `blocks` are the blocks of a list row's axis.
 __device__ __forceinline__ i64 list_row(const Problem& p, i32 sequence, i32 head, i64 blocks, i64 block) {
     const i64 batch = p.list_batches == 1 ? 0 : sequence;

@@ -22,6 +22,9 @@ __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 
 __device__ __forceinline__ i32 count_bits(u32 x) { return __popc(x); }
 
+// The compiler no longer knows what `x` is: what follows from it is computed again instead of kept.
+__device__ __forceinline__ void forget(i64& x) { asm volatile("" : "+l"(x)); }
+
 // The xor tree adds in the same order for every lane, so all lanes hold the same bits.
 __device__ __forceinline__ f32 warp_sum(f32 x) {
 #pragma unroll

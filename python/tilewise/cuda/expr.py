@@ -129,7 +129,7 @@ _FLOAT_UNARY = {
 _FLOAT_BINARY = {
     "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}", "min": "expr::smaller({0}, {1})",
     "max": "expr::larger({0}, {1})", "atan2": "atan2f({0}, {1})", "pow": "powf({0}, {1})",
-    "floor_div": "expr::floor_divide({0}, {1})", "mod": "expr::modulo({0}, {1})", "trunc_div": "truncf({0} / {1})",
+    "floor_div": "expr::floor_divide({0}, {1})", "mod": "expr::modulo({0}, {1})",
 }  # fmt: skip
 _COMPARE = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 _BOOL_BINARY = {"and": "&&", "or": "||", "xor": "!="}
@@ -370,7 +370,7 @@ def render(
 
     Example:
         >>> mod = render(None, (), "tilewise-expr 1 mask\\nquery\\nkey\\nge 0 1\\nreturn 2\\n", ())
-        >>> print(mod.text.splitlines()[-4].strip())
+        >>> print(mod.text.splitlines()[-5].strip())
         return v2;
     """
     if score is None and mask is None:
@@ -399,7 +399,10 @@ def render(
     lines += _function("f32", "gradient", "f32 score, f32 grad, ", gradient_body, "template <bool SCATTER> ")
     lines += _function("bool", "mask", "", mask_body)
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
-    text = "\n".join((f"namespace tilewise {{\nstruct Mod_{digest} {{", *lines, "};\n}  // namespace tilewise\n"))
+    # A text with several kernels defines it once.
+    guard = f"TILEWISE_MOD_{digest}"
+    head = f"#ifndef {guard}\n#define {guard}\nnamespace tilewise {{\nstruct Mod_{digest} {{"
+    text = "\n".join((head, *lines, "};\n}  // namespace tilewise\n#endif\n"))
     return Mod(f"tilewise::Mod_{digest}", text, digest, tuple(captures))
 
 

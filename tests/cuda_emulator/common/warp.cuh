@@ -36,6 +36,8 @@ inline u32 warp_match(u32 x) {
 
 inline void warp_barrier() { emulator::exchange(0); }
 
+inline void forget(i64&) {}
+
 inline i32 count_bits(u32 x) { return __builtin_popcount(x); }
 
 template <i32 LANES> inline f32 group_sum(f32 x) {
