@@ -20,6 +20,7 @@ from cuda_emulator.attention_cases import (
     run_backward,
     run_forward,
 )
+from tilewise.cuda.attention import operators
 from tilewise.errors import UnsupportedError
 from tilewise.reference import attention as reference
 
@@ -272,3 +273,8 @@ def test_pages(place: Place, dtype: str, page_size: int) -> None:
         check_packed(case, place, backward=False)
     with pytest.raises(UnsupportedError, match="keys in pages have no gradient"):
         run_backward(case, place, *run_forward(case, place))
+
+
+def test_the_operators_read_the_schema_of_torchs() -> None:
+    front = pytest.importorskip("tilewise.torch.attention.operators")
+    assert operators.FIELDS == front._FIELDS
