@@ -1,11 +1,11 @@
-"""Attention's part of gpu_bench.py: forward and backward beside torch's SDPA (flash and cuDNN) and compiled flex_attention.
+"""Times attention on the GPU beside torch's SDPA (flash and cuDNN) and compiled flex_attention, and writes a JSON file.
 
     python3 scripts/gpu_bench_attention.py --out benches/record/gpu_attention.json
 
-Shapes are those of FlashAttention-2 and -3: 16k tokens, hidden size 2048, heads of 64, 128 and 256. Candidates take turns,
-one timing each a round; a figure is the median over rounds, after a pause between shapes. TFLOPS count
+Shapes are those of FlashAttention-2 and -3: 16k tokens, hidden size 2048, heads of 64, 128 and 256. Candidates take
+turns, one timing each a round; a figure is the median over rounds, after a pause between shapes. TFLOPS count
 4 x sq x sk x d x heads x batch (half of it under a causal mask) forward and 2.5 times that backward. Every answer is
-checked against SDPA's before it is timed. Mods: each candidate runs the same mask; flex_attention's is torch.compile'd.
+checked against a peer's before it is timed. Each candidate runs the same mask or mod; flex_attention is compiled.
 """
 
 from __future__ import annotations
@@ -149,7 +149,12 @@ def attention_case(kind: str, batch: int, length: int, width: int, dtype: Any = 
     reference = next((answers[name] for name in answers if name != "tilewise"), None)
     if reference is not None:
         for got, want in zip(answers["tilewise"], reference, strict=True):
-            assert float((got.double() - want.double()).norm() / want.double().norm()) < 2e-2, (kind, batch, length, width)
+            assert float((got.double() - want.double()).norm() / want.double().norm()) < 2e-2, (
+                kind,
+                batch,
+                length,
+                width,
+            )
     answers.clear()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in peers}
     for turn in range(ROUNDS + WARM_UP):

@@ -16,12 +16,15 @@ from cuda_emulator.attention_cases import (
     Case,
     check,
     make,
+    on,
     options_of,
     run_backward,
     run_forward,
 )
+from tilewise.attention.rules import Rules
+from tilewise.cuda import attention
 from tilewise.cuda.attention import operators
-from tilewise.errors import UnsupportedError
+from tilewise.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError
 from tilewise.reference import attention as reference
 
 BOTH = ["float32", "bfloat16"]
@@ -243,9 +246,7 @@ def check_packed(case: Case, place: Place, *, backward: bool = True) -> None:
     ],
     ids=str,
 )
-def test_packed_sequences(
-    place: Place, dtype: str, queries: list[int], keys: list[int], gap: int
-) -> None:
+def test_packed_sequences(place: Place, dtype: str, queries: list[int], keys: list[int], gap: int) -> None:
     rows = packed_rows(queries, keys, gap)
     total, key_total = sum(queries) + gap * len(queries) + 1, sum(keys) + gap * len(keys) + 2
     sinks = np.array([0.0, 1.0, -2.0, 0.5], np.float32)
@@ -278,3 +279,139 @@ def test_pages(place: Place, dtype: str, page_size: int) -> None:
 def test_the_operators_read_the_schema_of_torchs() -> None:
     front = pytest.importorskip("tilewise.torch.attention.operators")
     assert operators.FIELDS == front._FIELDS
+
+
+@pytest.mark.parametrize(
+    ("dtype", "queries", "keys"), [("float32", 37, 70), ("bfloat16", 37, 70), ("bfloat16", 2, 700)]
+)
+def test_what_a_mask_hides_stays_hidden(place: Place, dtype: str, queries: int, keys: int) -> None:
+    """NaN and infinities in keys and values reach the rows that attend them, and no others."""
+    generator = np.random.default_rng(6)
+    mask = generator.uniform(size=(1, 4, queries, keys)) < 0.7
+    case = make(dtype, (1, 4, 2, queries, keys, 24, 40), mask=mask, sinks=np.zeros(4, np.float32))
+    clean, clean_lse = run_forward(case, place)
+    case.value[0, 0, 3, 7] = np.nan
+    case.value[0, 1, 20] = np.inf
+    case.key[0, 0, 30, 0] = np.nan
+    out, lse = run_forward(case, place)
+    touched = np.zeros((1, 4, queries, 40), bool)
+    touched[:, :2, :, 7] |= mask[:, :2, :, 3]
+    touched[:, 2:] |= mask[:, 2:, :, 20, None]
+    touched[:, :2] |= mask[:, :2, :, 30, None]
+    assert not np.isfinite(out[touched].astype(np.float64)).any()
+    floor = 1e-5 if dtype == "float32" else 3e-2
+    np.testing.assert_allclose(out[~touched].astype(np.float64), clean[~touched].astype(np.float64), atol=floor)
+    of_rows = np.zeros((1, 4, queries), bool)
+    of_rows[:, :2] = mask[:, :2, :, 30]
+    assert np.isnan(lse[of_rows]).all()
+    np.testing.assert_allclose(lse[~of_rows], clean_lse[~of_rows], atol=1e-5)
+
+
+def test_a_program_that_reads_outside_is_reported_when_asked(place: Place) -> None:
+    case = make("bfloat16", (1, 2, 1, 20, 70, 24, 24))
+    text = "tilewise-expr 1 score\ncapture float 1\nscore\nkey\ngather 0 1\nadd 0 2\nreturn 3\n"
+    case.rules |= {"score_mod": text, "score_captures": [np.ones(70, np.float32)]}
+    out, _ = run_forward(case, place)
+    probe = place.put(np.zeros(1, np.float32))
+    attention.raise_faults(probe)
+    case.rules["score_captures"] = [np.ones(69, np.float32)]
+    case.rules |= {"causal": True, "left": 0, "right": 0}  # row i sees key i + 50: the last row sees key 69
+    run_forward(case, place)
+    with pytest.raises(ArgumentError, match="an index outside a captured array"):
+        attention.raise_faults(probe)
+    attention.raise_faults(probe)
+    case.rules["left"] = 5
+    case.query = case.query[:, :, :19].copy()  # the diagonal ends at key 69 all the same
+    case.rules["score_captures"] = [np.ones(70, np.float32)]
+    run_forward(case, place)
+    attention.raise_faults(probe)
+    assert np.isfinite(out.astype(np.float64)).all()
+
+
+def test_refusals(place: Place) -> None:
+    def refuse(error: type[Exception], match: str, case: Case, **changes: Any) -> None:
+        with pytest.raises(error, match=match):
+            run_forward(replace(case, rules=case.rules | changes), place)
+
+    shape = (1, 4, 2, 5, 7, 8, 8)
+    case = make("float32", shape)
+    refuse(ArgumentError, "scale: expected a finite number, got nan", case, scale=float("nan"))
+    refuse(ArgumentError, "dropout: expected a probability from 0 to 1, got 1.5", case, dropout=1.5)
+    refuse(ArgumentError, "left: expected at least 0, or None for no limit, got -1", case, left=-1)
+    refuse(ArgumentError, "threshold: expected powers of two from 0 to 64", case, threshold=-1.0)
+    refuse(ArgumentError, "splits: expected 0", case, splits=-1)
+    refuse(ShapeError, r"mask: expected \[batch, query_heads, queries, keys\]", case, mask=np.ones((1, 4, 5, 6), bool))
+    refuse(DtypeError, "mask: expected dtype bool, got float32", case, mask=np.ones((1, 4, 5, 7), np.float32))
+    refuse(ShapeError, r"sinks: expected \[query_heads\] = \[4\]", case, sinks=np.zeros(2, np.float32))
+    blocks = np.zeros((1, 3, 5, 2), np.int32)
+    refuse(
+        ShapeError, r"block_indices: expected \[1, a divisor of 4, 5, slots\]", case, block_indices=blocks, block_size=4
+    )
+    refuse(ArgumentError, "block_size: expected at least 1", case, block_indices=blocks)
+    rows = np.zeros((1, 5), np.int64)
+    refuse(ShapeError, r"sequences: expected \[n, 6\]", case, sequences=rows)
+    rows = np.zeros((1, 6), np.int64)
+    refuse(
+        ArgumentError, "mask: expected none beside sequences", case, sequences=rows, mask=np.ones((1, 4, 5, 7), bool)
+    )
+    refuse(ArgumentError, "block_table: expected sequences beside it", case, block_table=np.zeros((1, 2), np.int32))
+    refuse(ShapeError, "key: expected a number of heads that divides query's 4", make("float32", (1, 4, 3, 5, 7, 8, 8)))
+    refuse(UnsupportedError, "head widths from 1 to 256, got 257", make("float32", (1, 1, 1, 1, 1, 257, 8)))
+    wide = replace(case, value=case.value[:, :, :6].copy())
+    refuse(ShapeError, r"value: expected \[1, 2, 7\] and a width", wide)
+    odd = replace(case, key=case.key.astype(np.float16))
+    refuse(DtypeError, "key: expected dtype float32, as query, got float16", odd)
+    with pytest.raises(DtypeError, match="query: expected dtype float32, float16, bfloat16, got float64"):
+        attention.forward(*[place.put(np.zeros((1, 1, 1, 8)))] * 4, place.put(np.zeros((1, 1, 1))), Rules(scale=1.0))
+    bias = [np.zeros((4, 12), np.float32)]
+    biased = replace(case, rules=case.rules | {"score_mod": SCORE, "score_captures": bias})
+    out, lse = run_forward(biased, place)
+    with pytest.raises(UnsupportedError, match="summed by atomics on CUDA, whose order is not fixed"):
+        run_backward(biased, place, out, lse, deterministic=True)
+
+
+@pytest.mark.parametrize("empty", range(5))
+def test_empty_extents(place: Place, empty: int) -> None:
+    shape = [0 if axis == empty else size for axis, size in enumerate((2, 4, 2, 5, 7))]
+    if empty == 1:
+        shape[2] = 2
+    if empty == 2:
+        shape[1] = 0
+    case = make("bfloat16", (*shape, 24, 16))
+    out, lse = run_forward(case, place)
+    assert not out.any() and (lse == -np.inf).all()
+    gradients = run_backward(case, place, out, lse)
+    for gradient, like in zip(gradients, (case.query, case.key, case.value), strict=False):
+        assert gradient is not None and gradient.shape == like.shape and not gradient.any()
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+def test_layout_in_memory_does_not_change_the_bits(place: Place, dtype: str) -> None:
+    """Lengths before heads, rows apart, rows that start anywhere, one row for all: both paths of the copies agree."""
+    case = make(dtype, (2, 4, 2, 20, 70, 24, 16), causal=True)
+    case.grad_out[:] = case.grad_out[:, :, :1]
+    out, lse = run_forward(case, place)
+    gradients = run_backward(case, place, out, lse)
+
+    def turned(array: np.ndarray) -> Any:
+        return place.put(np.ascontiguousarray(array.swapaxes(1, 2))).swapaxes(1, 2)
+
+    def shifted(array: np.ndarray) -> Any:
+        wide = np.zeros((*array.shape[:-1], array.shape[-1] + 16), array.dtype)
+        wide[..., 1 : 1 + array.shape[-1]] = array
+        return place.put(wide)[..., 1 : 1 + array.shape[-1]]
+
+    def across(array: np.ndarray) -> Any:
+        return place.put(np.ascontiguousarray(array.swapaxes(2, 3))).swapaxes(2, 3)
+
+    rules = on(place, case)
+    for change in (turned, shifted, across):
+        arrays = [change(array) for array in (case.query, case.key, case.value)]
+        to, logs = place.put(np.full(out.shape, np.nan, out.dtype)), place.put(np.full(lse.shape, np.nan, np.float32))
+        attention.forward(*arrays, to, logs, rules)
+        assert np.array_equal(np.array(place.get(to)), out) and np.array_equal(np.array(place.get(logs)), lse)
+        made = [place.put(np.full(array.shape, np.nan, array.dtype)) for array in (case.query, case.key, case.value)]
+        upstream = change(case.grad_out)
+        attention.backward(*arrays, to, logs, upstream, place.put(case.grad_lse), *made, None, [], rules)
+        for got, want in zip(made, gradients, strict=False):
+            assert np.array_equal(np.array(place.get(got)), want)

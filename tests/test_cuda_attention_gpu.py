@@ -23,7 +23,9 @@ def both_ways(torch: Any, query: Any, key: Any, value: Any, grad: Any, rules: Ru
     return [out, lse, *made]
 
 
-def inputs(torch: Any, dtype: Any, batch: int, heads: tuple[int, int], lengths: tuple[int, int], width: int) -> list[Any]:
+def inputs(
+    torch: Any, dtype: Any, batch: int, heads: tuple[int, int], lengths: tuple[int, int], width: int
+) -> list[Any]:
     shapes = [(heads[0], lengths[0]), (heads[1], lengths[1]), (heads[1], lengths[1]), (heads[0], lengths[0])]
     return [torch.randn(batch, *shape, width, device="cuda", dtype=dtype) for shape in shapes]
 

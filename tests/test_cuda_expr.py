@@ -23,8 +23,8 @@ DTYPES = ("float32", "int32", "bool", "float16")
 EXTENTS = {"batch": 2, "heads": 3, "queries": 5, "keys": 7}
 SHAPE = tuple(EXTENTS.values())
 
-_KERNEL = """extern "C" __global__ void {name}(float* out, const float* score, const float* grad, const {first}::Captures captures,
-                                  int which) {{
+_KERNEL = """extern "C" __global__ void {name}(float* out, const float* score, const float* grad,
+                                  const {first}::Captures captures, int which) {{
     const int k = threadIdx.x % 7, q = threadIdx.x / 7 % 5, h = threadIdx.x / 35 % 3, b = threadIdx.x / 105;
     const float s = score[threadIdx.x], g = grad[threadIdx.x];
     switch (which) {{
@@ -56,7 +56,9 @@ def run(place: Place, programs: list[tuple[str, str | None]], score: np.ndarray,
     for number, mod in enumerate(mods):
         taken = f"reinterpret_cast<const {mod.name}::Captures&>(captures)"
         kind = parse(programs[number][0]).kind
-        value = f"{mod.name}::mask({taken}, b, h, q, k)" if kind == "mask" else f"{mod.name}::score({taken}, s, b, h, q, k)"
+        value = (
+            f"{mod.name}::mask({taken}, b, h, q, k)" if kind == "mask" else f"{mod.name}::score({taken}, s, b, h, q, k)"
+        )
         cases.append(f"    case {2 * number}: out[threadIdx.x] = {value}; break;")
         slope = f"{mod.name}::template gradient<true>({taken}, s, g, b, h, q, k)"
         cases.append(f"    case {2 * number + 1}: out[threadIdx.x] = {slope}; break;")
@@ -88,7 +90,10 @@ def run(place: Place, programs: list[tuple[str, str | None]], score: np.ndarray,
 class _Tree:
     """A random program: any operation, on operands of its classes."""
 
-    UNARY = "neg abs sign floor ceil round trunc sqrt rsqrt reciprocal exp exp2 expm1 log log2 log1p sin cos tan tanh sigmoid erf relu square"
+    UNARY = (
+        "neg abs sign floor ceil round trunc sqrt rsqrt reciprocal exp exp2 expm1 log log2 log1p sin cos tan tanh "
+        "sigmoid erf relu square"
+    )
     BINARY = "add sub mul min max div atan2 pow floor_div mod"
 
     def __init__(self, seed: int, kind: str = "score") -> None:
@@ -110,7 +115,10 @@ class _Tree:
         pick = self.random.choice
         if depth <= 0:
             leaf = {
-                "float": [*["score"] * (self.kind == "score"), f"float {pick([0.0, -0.0, 0.5, -2.0, 1e30, float('inf'), float('nan')])}"],
+                "float": [
+                    *["score"] * (self.kind == "score"),
+                    f"float {pick([0.0, -0.0, 0.5, -2.0, 1e30, float('inf'), float('nan')])}",
+                ],
                 "int": ["batch", "head", "query", "key", f"int {pick([0, 1, -1, 3, -7, 2**31, -(2**63), 2**63 - 1])}"],
                 "bool": ["bool 0", "bool 1"],
             }
@@ -266,7 +274,8 @@ def test_equal_programs_give_equal_text() -> None:
 
 
 def test_small_integers_stay_in_32_bits() -> None:
-    text = "tilewise-expr 1 mask\nquery\nkey\nsub 0 1\nint 128\nfloor_div 2 3\nint 4096\nmul 0 5\nmul 6 1\nge 4 7\nreturn 8\n"
+    nodes = ("query", "key", "sub 0 1", "int 128", "floor_div 2 3", "int 4096", "mul 0 5", "mul 6 1", "ge 4 7")
+    text = "\n".join(("tilewise-expr 1 mask", *nodes, "return 8")) + "\n"
     lines = [line.strip() for line in render(None, (), text, ()).text.splitlines()]
     assert "const i32 v2 = v0 - v1;" in lines
     assert "const i32 v4 = expr::floor_divide<i32>(v2, v3, captures.fault);" in lines

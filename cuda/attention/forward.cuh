@@ -17,7 +17,9 @@
 //   4. Elements are looked at one by one only in tiles that an edge crosses, or under a mod.
 //   5. SPREAD: for few rows. All warps share one set of 16 rows and take turns in the columns of a tile; they are put
 //      together at the end (decode).
-//   6. SPLIT: a block sees a part of the columns and stores f32 and its lse; combine.cuh puts the parts together, and
+//   6. A weight of 0 does not protect from a value that is not finite: 0 * NaN is NaN. Rows of which a column comes out
+//      so are computed once more, by a warp, key by key over the kept keys alone: what a mask hides stays hidden.
+//   7. SPLIT: a block sees a part of the columns and stores f32 and its lse; combine.cuh puts the parts together, and
 //      adds the sinks.
 #pragma once
 
@@ -45,6 +47,47 @@ template <class Type, i32 K, i32 V, i32 ROWS_16, i32 WARPS_, i32 COLUMNS_, bool 
     static constexpr i32 SCRATCH = KEYS + 2 * COLUMNS * 4;                  // f32: of each warp
     static constexpr i32 SCRATCH_OF_WARP = sizeof(T) == 4 ? R * 16 * OWN : 0;  // floats
 };
+
+// One row by all lanes of a warp: the definition, over the columns [begin, end). Lane l leaves columns l, l + 32, ... of the
+// quotient in `value`. key_of(c): key of a column, or -1.
+template <class Shape, i32 FEATURES, class Mod, class KeyOf>
+__device__ __forceinline__ void row_by_row(f32 (&value)[Shape::V_WIDTH / 32], const Problem& p,
+                                           const typename Mod::Captures& captures, const Sequence& sequence, const Row& row,
+                                           i32 key_head, i32 begin, i32 end, i32 partials, f32 sink, const KeyOf& key_of) {
+    using T = typename Shape::T;
+    const T* query = static_cast<const T*>(p.query) + query_place(p.query_at, sequence, row.head, row.query);
+    f32 peak = sink, sum = sink == -infinity() ? 0.0f : 1.0f;
+#pragma unroll
+    for (i32 i = 0; i < Shape::V_WIDTH / 32; ++i) value[i] = 0.0f;
+#pragma unroll 1
+    for (i32 c = begin; c < end; ++c) {
+        const i32 key = key_of(c);
+        if (key < 0 || !kept<Mod, FEATURES>(p, captures, sequence, row, key, c < partials)) continue;
+        constexpr bool IN_PAGES = (FEATURES & PAGED) != 0;
+        const T* own_key = static_cast<const T*>(p.key) + key_place<IN_PAGES>(p, p.key_at, sequence, key_head, key);
+        const T* own_value = static_cast<const T*>(p.value) + key_place<IN_PAGES>(p, p.value_at, sequence, key_head, key);
+        f32 dot = 0.0f;
+#pragma unroll 1
+        for (i32 d = lane_id(); d < p.width; d += WARP) dot = fmaf(to_f32(query[d]), to_f32(own_key[d]), dot);
+        dot = warp_sum(dot) * p.scale;
+        if (Mod::SCORE) dot = Mod::score(captures, dot, sequence.number, row.head, row.query, key);
+        const f32 score = dot * LOG2_E, larger = fmaxf(peak, score), safe = larger == -infinity() ? 0.0f : larger;
+        const f32 factor = exp2f(peak - safe);
+        f32 weight = exp2f(score - safe);
+        sum = sum * factor + weight;
+        peak = larger;
+        if (FEATURES & DROPOUT) weight = dropped(p, sequence, row.head, row.query, key) ? 0.0f : weight;
+#pragma unroll
+        for (i32 i = 0; i < Shape::V_WIDTH / 32; ++i) {
+            const i32 column = i * WARP + lane_id();
+            value[i] *= factor;
+            if (column < p.value_width && weight != 0.0f) value[i] = fmaf(weight, to_f32(own_value[column]), value[i]);
+        }
+    }
+    const f32 quotient = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+    for (i32 i = 0; i < Shape::V_WIDTH / 32; ++i) value[i] *= quotient;
+}
 
 template <class Shape, i32 FEATURES, class Mod>
 __device__ __forceinline__ void forward(const Problem& p, const typename Mod::Captures& captures) {
@@ -317,6 +360,7 @@ __device__ __forceinline__ void forward(const Problem& p, const typename Mod::Ca
     }
 
     // Sinks, the quotient, the stores.
+    u32 odd = 0;  // bit i: row i of this thread has a column that is not finite, though its scores are
     // Where they go is found again: it need not stay in registers while tiles are multiplied.
     i64 block = blockIdx.x;
     forget(block);
@@ -337,6 +381,12 @@ __device__ __forceinline__ void forward(const Problem& p, const typename Mod::Ca
         }
         const f32 quotient = sum == 0.0f ? 0.0f : factor / sum;
         const f32 lse = sum == 0.0f ? -infinity() : (peak + log2f(sum)) * LN_2;
+#pragma unroll
+        for (i32 j = 0; j < OUT; ++j) {
+            if (Shape::SPREAD && j % Shape::WARPS != warp) continue;
+            const f32 both = fabsf(out.at[i / 2][j][i % 2 * 2]) + fabsf(out.at[i / 2][j][i % 2 * 2 + 1]);
+            if (!(both < infinity()) && sum < infinity()) odd |= 1u << i;
+        }
         const bool stores_lse = lane % 4 == 0 && (!Shape::SPREAD || warp == 0);
         if (FEATURES & SPLIT) {
             const i64 part = ((blockIdx.y * p.batches + place.query_batch) * p.query_heads + own_head) * p.queries +
@@ -361,6 +411,38 @@ __device__ __forceinline__ void forward(const Problem& p, const typename Mod::Ca
                 store_two<T>(target + column, out.at[i / 2][j][i % 2 * 2] * scaled, out.at[i / 2][j][i % 2 * 2 + 1] * scaled,
                              p.out_aligned != 0, column + 1 < p.value_width);
             }
+        }
+    }
+
+    if (!warp_any(odd != 0)) return;
+    warp_barrier();  // the stores above come first
+#pragma unroll 1
+    for (i32 i = 0; i < R * 16; ++i) {
+        const u32 lanes = warp_ballot((odd >> (i / 8) & 1) != 0);
+        const i32 row = targets.first + warp_row + i;
+        if ((lanes >> (i % 8 * 4) & 15) == 0 || row >= targets.end) continue;
+        Row own;
+        own.real = true;
+        own.query = targets.query(p, row);
+        own.head = targets.head(p, row);
+        own.low = place.low(p, own.query);
+        own.high = place.high(p, own.query);
+        if (!HAS_LISTS && own.low < part_begin) own.low = part_begin;
+        if (!HAS_LISTS && own.high > part_end) own.high = part_end;
+        const bool with_sink = (FEATURES & SPLIT) == 0 && p.sinks != nullptr;
+        f32 value[Shape::V_WIDTH / 32];
+        row_by_row<Shape, FEATURES, Mod>(value, p, captures, place, own, again.key_head, begin, end,
+                                         HAS_LISTS ? columns.partials : NO_LIMIT,
+                                         with_sink ? p.sinks[own.head] * LOG2_E : -infinity(), number_of);
+        const i64 part = ((blockIdx.y * p.batches + place.query_batch) * p.query_heads + own.head) * p.queries +
+                         place.query_start + own.query;
+        T* target = static_cast<T*>(p.out) + query_place(p.out_at, place, own.head, own.query);
+#pragma unroll
+        for (i32 k = 0; k < Shape::V_WIDTH / 32; ++k) {
+            const i32 column = k * WARP + lane;
+            if (column >= p.value_width) continue;
+            if (FEATURES & SPLIT) p.partial[part * p.value_width + column] = value[k];
+            else target[column] = from_f32<T>(value[k] * p.keep_scale);
         }
     }
 }

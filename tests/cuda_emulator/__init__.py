@@ -30,6 +30,7 @@ import pytest
 import tilewise.cuda
 from tilewise import _core
 from tilewise.cuda import launch
+from tilewise.cuda.attention import problem
 from tilewise.cuda.kernel import Kernel, registered
 
 HERE = Path(__file__).parent
@@ -166,6 +167,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
 
 
 def _forget() -> None:
+    problem._FAULTS.clear()
     launch._function.cache_clear()
     launch._architecture.cache_clear()
 

@@ -1,4 +1,4 @@
-"""Cases of attention on a device, what they should give (tilewise.reference), and what a plain run of the type loses."""
+"""Cases of attention on a device, what they should give (tilewise.reference), and what a plain run loses."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def kept_weights(seed: int, probability: float, first: int, shape: tuple[int, ..
 
 @dataclass
 class Case:
-    """Arguments as NumPy arrays; ``rules`` are fields of Rules, ``pages`` the keys of a paged case as the kernel has them."""
+    """Arguments as NumPy arrays; ``rules`` are fields of Rules."""
 
     query: np.ndarray
     key: np.ndarray
@@ -134,7 +134,9 @@ def run_forward(case: Case, place: Place, **changes: Any) -> tuple[np.ndarray, n
     return np.array(place.get(out)), np.array(place.get(lse))
 
 
-def run_backward(case: Case, place: Place, out: np.ndarray, lse: np.ndarray, **changes: Any) -> list[np.ndarray | None]:
+def run_backward(
+    case: Case, place: Place, out: np.ndarray, lse: np.ndarray, *, deterministic: bool = False, **changes: Any
+) -> list[np.ndarray | None]:
     """Gradients of query, key, value, the sinks or None, and each capture of the score program."""
     rules = on(place, case, **changes)
     arrays = [place.put(array) for array in (case.query, case.key, case.value)]
@@ -144,10 +146,8 @@ def run_backward(case: Case, place: Place, out: np.ndarray, lse: np.ndarray, **c
         place.put(np.full(array.shape, np.nan, np.float32)) if array.dtype.kind not in "ib" else None
         for array in case.rules.get("score_captures", [])
     ]
-    attention.backward(
-        *arrays, place.put(out.copy()), place.put(lse.copy()), place.put(case.grad_out), place.put(case.grad_lse), *made,
-        sinks, captures, rules,
-    )  # fmt: skip
+    given = [place.put(array.copy()) for array in (out, lse, case.grad_out, case.grad_lse)]
+    attention.backward(*arrays, *given, *made, sinks, captures, rules, deterministic=deterministic)
     return [None if array is None else np.array(place.get(array)) for array in (*made, sinks, *captures)]
 
 
@@ -213,14 +213,18 @@ def _plain(case: Case) -> tuple[np.ndarray, ...]:
     slope = r(p * (z * r(np.einsum("bhid,bhjd->bhij", g, v)) - delta[..., None]))
     sums: list[Any] = []
     if rules.score_mod is not None:
-        slope, sums = expr.gradients(_core.expr_gradient(rules.score_mod), rules.score_captures, score=plain, grad=slope, **extents)
+        slope, sums = expr.gradients(
+            _core.expr_gradient(rules.score_mod), rules.score_captures, score=plain, grad=slope, **extents
+        )
         slope = r(slope)
     grad_q, grad_k = r(rules.scale * (slope @ k)), np.einsum("bhij,bhid->bhjd", slope, q) * rules.scale
 
     def pooled(x: np.ndarray) -> np.ndarray:
         return r(x.reshape(batch, -1, group, *x.shape[2:]).sum(2))
 
-    sinks = -(np.exp(sink - np.where(lse == -np.inf, np.inf, lse)) * delta).sum((0, 2)) if rules.sinks is not None else None
+    sinks = (
+        -(np.exp(sink - np.where(lse == -np.inf, np.inf, lse)) * delta).sum((0, 2)) if rules.sinks is not None else None
+    )
     return out.astype(dtype), lse, grad_q, pooled(grad_k), pooled(grad_v), sinks, *sums
 
 

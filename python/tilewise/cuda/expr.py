@@ -135,6 +135,7 @@ _COMPARE = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="
 _BOOL_BINARY = {"and": "&&", "or": "||", "xor": "!="}
 _BITS = {"and": "&", "or": "|", "xor": "^"}
 _WRAPPING = {"add": "expr::add", "sub": "expr::subtract", "mul": "expr::multiply"}
+_SYMBOLS = {"add": "+", "sub": "-", "mul": "*"}
 _DIVISIONS = {"floor_div": "expr::floor_divide", "mod": "expr::modulo", "trunc_div": "expr::truncating_divide"}
 
 
@@ -163,7 +164,9 @@ class _Writer:
             self.lines.append(f"const {value.type} {name} = {text};")
         self.values.append(value)
 
-    def _meaning(self, name: str, program: Program, operation: str, words: tuple[str, ...]) -> tuple[_Value, str | None]:
+    def _meaning(
+        self, name: str, program: Program, operation: str, words: tuple[str, ...]
+    ) -> tuple[_Value, str | None]:
         if operation in ("score", "grad"):
             return _Value(operation, "float"), None
         if operation in _INDEX_RANGES:
@@ -249,7 +252,7 @@ class _Writer:
             rule = {"add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y}[operation]
             value = _Value(name, "int", *_fits(*_corners(rule, a, b)))
             if both_small and value.small:
-                return value, f"{a.name} {dict(add='+', sub='-', mul='*')[operation]} {b.name}"
+                return value, f"{a.name} {_SYMBOLS[operation]} {b.name}"
             text = f"{_WRAPPING[operation]}({a.wide}, {b.wide})"
             return value, f"static_cast<i32>({text})" if value.small else text
         if operation in ("min", "max"):
@@ -277,7 +280,9 @@ class _Writer:
         if operation == "shl":
             return _Value(name, "int", *_WIDE), f"expr::shift_left({a.wide}, {b.wide})"
         if operation == "shr":
-            value = _Value(name, "int", min(a.low, 0 if a.low >= 0 else a.low), max(a.high, -1 if a.high < 0 else a.high))
+            value = _Value(
+                name, "int", min(a.low, 0 if a.low >= 0 else a.low), max(a.high, -1 if a.high < 0 else a.high)
+            )
             text = f"expr::shift_right({a.wide}, {b.wide})"
             return value, f"static_cast<i32>({text})" if value.small else text
         raise ArgumentError(f"program: {operation!r} is no operation of integers")
@@ -306,7 +311,8 @@ _INDICES = "i64 batch, i64 head, i64 query, i64 key"
 
 
 def _function(result: str, name: str, more: str, body: list[str], template: str = "") -> list[str]:
-    head = f"    {template}static __device__ __forceinline__ {result} {name}(const Captures& captures, {more}{_INDICES}) {{"
+    parameters = f"const Captures& captures, {more}{_INDICES}"
+    head = f"    {template}static __device__ __forceinline__ {result} {name}({parameters}) {{"
     return [head, *(f"        {line}" for line in body), "    }"]
 
 
@@ -332,7 +338,12 @@ class Mod:
         fields: list[Any] = [("fault", np.uint64)]
         for number, capture in enumerate(self.captures):
             rank = max(capture.rank, 1)
-            array = [("data", np.uint64), ("sums", np.uint64), ("extent", np.int64, (rank,)), ("stride", np.int64, (rank,))]
+            array = [
+                ("data", np.uint64),
+                ("sums", np.uint64),
+                ("extent", np.int64, (rank,)),
+                ("stride", np.int64, (rank,)),
+            ]
             fields.append((f"array{number}", array))
         return np.dtype(fields, align=True)
 

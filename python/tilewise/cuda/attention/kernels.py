@@ -77,7 +77,9 @@ class ForwardShape:
         return max(tiles + 2 * self.columns * 4 + scratch, merged)
 
 
-def forward_shape(dtype: str, key_width: int, value_width: int, features: int, mod: Mod, *, spread: bool) -> ForwardShape:
+def forward_shape(
+    dtype: str, key_width: int, value_width: int, features: int, mod: Mod, *, spread: bool
+) -> ForwardShape:
     """The tile of a forward pass. Without features and mods there are registers for two groups of rows a warp at 64; at
     128 they would spill on sm_100a and sm_120, and eight warps share the keys instead."""
     wide = max(key_width, value_width)
@@ -137,34 +139,32 @@ def _kernel(operation: str, label: str, mod: Mod, parameters: str, shared: int) 
     return Kernel(name, _ENTRY, f"{mod.text}INSTANTIATE_ATTENTION_{operation}({name}, {parameters})\n", shared)
 
 
+def _parameters(*values: object) -> str:
+    return ", ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in values)
+
+
 @functools.lru_cache(maxsize=1024)
 def forward(shape: ForwardShape, features: int, mod: Mod) -> Kernel:
-    kind = TYPES[shape.dtype]
-    tile = f"{shape.key_width}x{shape.value_width}_r{shape.row_groups}{'_spread' if shape.spread else ''}"
-    parameters = (
-        f"tilewise::{kind}, {shape.key_width}, {shape.value_width}, {shape.row_groups}, {shape.warps}, {shape.columns}, "
-        f"{str(shape.spread).lower()}, 1, {features}, {mod.name}"
-    )
-    return _kernel("FORWARD", f"forward_{kind}_{tile}_f{features}", mod, parameters, shape.shared)
+    kind, widths = TYPES[shape.dtype], (shape.key_width, shape.value_width)
+    label = f"forward_{kind}_{widths[0]}x{widths[1]}_r{shape.row_groups}{'_spread' if shape.spread else ''}_f{features}"
+    tile = (*widths, shape.row_groups, shape.warps, shape.columns, shape.spread)
+    return _kernel("FORWARD", label, mod, _parameters(f"tilewise::{kind}", *tile, 1, features, mod.name), shape.shared)
 
 
 @functools.lru_cache(maxsize=1024)
 def query_gradient(shape: BackwardShape, features: int, mod: Mod) -> Kernel:
-    kind, tile = TYPES[shape.dtype], f"{shape.key_width}x{shape.value_width}"
-    parameters = (
-        f"tilewise::{kind}, {shape.key_width}, {shape.value_width}, {shape.warps}, {shape.walked}, 1, {features}, {mod.name}"
-    )
-    return _kernel("QUERY_GRADIENT", f"query_gradient_{kind}_{tile}_f{features}", mod, parameters, shape.shared)
+    kind, tile = TYPES[shape.dtype], (shape.key_width, shape.value_width, shape.warps, shape.walked)
+    label = f"query_gradient_{kind}_{tile[0]}x{tile[1]}_f{features}"
+    parameters = _parameters(f"tilewise::{kind}", *tile, 1, features, mod.name)
+    return _kernel("QUERY_GRADIENT", label, mod, parameters, shape.shared)
 
 
 @functools.lru_cache(maxsize=1024)
 def key_gradient(shape: BackwardShape, what: int, features: int, mod: Mod) -> Kernel:
-    kind, tile = TYPES[shape.dtype], f"{shape.key_width}x{shape.value_width}"
-    parameters = (
-        f"tilewise::{kind}, {shape.key_width}, {shape.value_width}, {shape.warps}, {shape.walked}, {what}, 1, {features}, "
-        f"{mod.name}"
-    )
-    return _kernel("KEY_GRADIENT", f"key_gradient{what}_{kind}_{tile}_f{features}", mod, parameters, shape.shared)
+    kind, tile = TYPES[shape.dtype], (shape.key_width, shape.value_width, shape.warps, shape.walked)
+    label = f"key_gradient{what}_{kind}_{tile[0]}x{tile[1]}_f{features}"
+    parameters = _parameters(f"tilewise::{kind}", *tile, what, 1, features, mod.name)
+    return _kernel("KEY_GRADIENT", label, mod, parameters, shape.shared)
 
 
 def combine(dtype: str) -> Kernel:

@@ -57,10 +57,10 @@ def _like(tensor: Any) -> Any:
 def backward_operator(
     query: Any, key: Any, value: Any, out: Any, lse: Any, grad_out: Any, grad_lse: Any, *rest: Any
 ) -> list[Any]:
-    """``tilewise::attention_backward``: a tensor for query, key, value, sinks and each capture of the score program, empty
-    where not wanted.
+    """``tilewise::attention_backward``: a tensor for query, key, value, sinks and each capture of the score program.
 
-    ``rest``: the arguments of the forward operator after value, then ``wanted``, a flag for each of those tensors.
+    Those not wanted are empty. ``rest``: the arguments of the forward operator after value, then ``wanted``, a flag for
+    each of those tensors.
     """
     torch = sys.modules["torch"]
     *arguments, wanted = rest

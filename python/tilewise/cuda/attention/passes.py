@@ -17,8 +17,8 @@ def forward(query: Any, key: Any, value: Any, out: Any, lse: Any, rules: Any) ->
     """Attention on the caller's current stream; fills `out` and `lse` and returns at once.
 
     Args:
-        query: ``[B, Hq, Sq, D]``, float16, bfloat16 or float32, on a GPU; any strides, D from 1 to 256. A last axis that
-            is not contiguous is copied.
+        query: ``[B, Hq, Sq, D]``, float16, bfloat16 or float32, on a GPU; any strides, D from 1 to 256. A last axis
+            that is not contiguous is copied.
         key: ``[B, Hk, Sk, D]``; with ``rules.block_table`` ``[pages, Hk, page_size, D]``.
         value: as `key`, of its own width.
         out: ``[B, Hq, Sq, Dv]`` of the type of `query`, its last axis contiguous.
@@ -101,8 +101,9 @@ def backward(
         out, lse: what it returned.
         grad_out: ``[B, Hq, Sq, Dv]``, of the type of `query`, any strides.
         grad_lse: ``[B, Hq, Sq]``, float32, or ``None``.
-        grad_query, grad_key, grad_value: arrays to overwrite, of the shapes and type of the inputs, with a contiguous last
-            axis; ``None`` for those not wanted. Rows outside all sequences are not written; sequences may not share keys.
+        grad_query, grad_key, grad_value: arrays to overwrite, of the shapes and type of the inputs, with a contiguous
+            last axis; ``None`` for those not wanted. Rows outside all sequences are not written; sequences may not
+            share keys.
         grad_sinks: float32 ``[Hq]`` or ``None``.
         grad_captures: for each capture of the score program a contiguous float32 array of its shape, overwritten, or
             ``None``.
@@ -181,4 +182,3 @@ def backward(
     whats = [what] if tile.together else [part for part in (kernels.GRAD_KEY, kernels.GRAD_VALUE) if what & part]
     for part in whats:
         launch(kernels.key_gradient(tile, part, problem.features, mod), grid, threads, (a, captures), q)
-

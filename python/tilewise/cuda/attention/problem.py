@@ -16,7 +16,17 @@ from tilewise.cuda.kernel import ITEMSIZES, TYPES
 from tilewise.cuda.launch import DeviceArray, describe, empty, same_place
 from tilewise.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError
 
-__all__ = ["ARGUMENT", "MAX_WIDTH", "Problem", "beside", "fault_of", "multiple", "output", "rows_together"]
+__all__ = [
+    "ARGUMENT",
+    "MAX_WIDTH",
+    "Problem",
+    "beside",
+    "fault_of",
+    "multiple",
+    "output",
+    "raise_faults",
+    "rows_together",
+]
 
 #: The widest head that kernels take; the CPU takes 512.
 MAX_WIDTH = 256
@@ -119,6 +129,27 @@ def fault_of(query: DeviceArray) -> DeviceArray:
     return _FAULTS[key]
 
 
+def raise_faults(array: Any) -> None:
+    """Wait for the GPU of `array` and raise what programs did wrong there since the last call.
+
+    Kernels never read outside a captured array and never divide an integer by 0: they go on with 0 and leave a mark,
+    since nobody waits for them.
+
+    Args:
+        array: a CuPy array or a torch CUDA tensor.
+
+    Raises:
+        ArgumentError: a program indexed outside a captured array, or divided an integer by 0.
+    """
+    flag = fault_of(describe("array", array))
+    found = int(flag.array[0])
+    if not found:
+        return
+    flag.array.fill_(0) if flag.is_torch else flag.array.fill(0)
+    what = "an index outside a captured array" if found == 1 else "an integer division by 0"
+    raise ArgumentError(f"score_mod or mask_mod: {what}, in a call since the last look; such elements counted as 0")
+
+
 @dataclass
 class Problem:
     """A checked call: arrays, and ``argument``, the kernels' struct, filled but for outputs.
@@ -152,7 +183,7 @@ class Problem:
         for name, array in (("query", q), ("key", k), ("value", v)):
             if len(array.shape) != 4:
                 raise ShapeError(f"{name}: expected rank 4 [batch, heads, length, width], got shape {array.shape}")
-        batches, query_heads, queries, width = q.shape
+        batches, query_heads, _, width = q.shape
         pages = rules.block_table is not None
         free = pages or rules.sequences is not None
         if k.shape[3] != width or (k.shape[0] != batches and not free):
@@ -231,7 +262,9 @@ class Problem:
             mask = _array("mask", rules.mask, self.query, ("bool",))
             expected = (*self.query.shape[:3], self.key.shape[2])
             if mask.shape != expected:
-                raise ShapeError(f"mask: expected [batch, query_heads, queries, keys] = {list(expected)}, got {mask.shape}")
+                raise ShapeError(
+                    f"mask: expected [batch, query_heads, queries, keys] = {list(expected)}, got {mask.shape}"
+                )
             self.features |= kernels.DENSE
             self.point("mask", mask)
             a["mask_at"] = _strides(mask)
@@ -246,7 +279,9 @@ class Problem:
         partial, full = rules.kv_indices is not None, rules.full_kv_indices is not None
         if rules.block_indices is not None:
             if partial or full:
-                raise UnsupportedError("block_indices beside a block mask is not built for CUDA; fold one into the other")
+                raise UnsupportedError(
+                    "block_indices beside a block mask is not built for CUDA; fold one into the other"
+                )
             if rules.sequences is not None:
                 raise ArgumentError("block_indices: expected none beside sequences, got both")
             if rules.block_size < 1:
@@ -320,7 +355,9 @@ class Problem:
         longest = max(self.query.shape[2] * max(int(a["pack"]), 1), self._longest())
         slots = (int(a["partial_slots"]) + int(a["full_slots"])) * int(a["key_block"])
         if max(longest, slots) >= _LONGEST:
-            raise UnsupportedError(f"the CUDA kernels take fewer than 2^30 rows and keys a sequence, got {max(longest, slots)}")
+            raise UnsupportedError(
+                f"the CUDA kernels take fewer than 2^30 rows and keys a sequence, got {max(longest, slots)}"
+            )
 
     def _split(self) -> None:
         """Few rows over many keys: parts of the keys, by a rule that does not know the batch."""
