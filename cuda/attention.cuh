@@ -2,6 +2,7 @@
 //
 //   problem.cuh   the kernel argument: arrays, rules, and which rows and columns a block works on
 //   tile.cuh      products of tiles in shared memory, by warps
+//   warpgroup.cuh the same by warpgroups (sm_90a)
 //   element.cuh   what happens to one element of the score matrix
 //   forward.cuh   result and lse; also of a part of the keys (decode)
 //   combine.cuh   parts of a row put together

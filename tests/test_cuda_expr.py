@@ -283,7 +283,7 @@ def test_small_integers_stay_in_32_bits() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ArgumentError, match="expected 'tilewise-expr 1 score|mask|gradient'"):
+    with pytest.raises(ArgumentError, match=r"expected 'tilewise-expr 1 score\|mask\|gradient'"):
         parse("tilewise-expr 2 score\nscore\nreturn 0\n")
     with pytest.raises(ArgumentError, match="expected a line 'return N'"):
         parse("tilewise-expr 1 score\nscore\n")

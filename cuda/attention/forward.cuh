@@ -31,15 +31,17 @@
 #include "element.cuh"
 #include "problem.cuh"
 #include "tile.cuh"
+#include "warpgroup.cuh"
 
 namespace tilewise {
 namespace attention {
 
 // T: element type. K_WIDTH, V_WIDTH: widths in shared memory, multiples of 64. R: 16-row groups of a warp. COLUMNS: of a tile.
-template <class Type, i32 K, i32 V, i32 ROWS_16, i32 WARPS_, i32 COLUMNS_, bool SPREAD_> struct ForwardShape {
+template <class Type, i32 K, i32 V, i32 ROWS_16, i32 WARPS_, i32 COLUMNS_, bool SPREAD_, bool WARPGROUPS_ = false> struct ForwardShape {
     using T = Type;
     static constexpr i32 K_WIDTH = K, V_WIDTH = V, R = ROWS_16, WARPS = WARPS_, COLUMNS = COLUMNS_;
-    static constexpr bool SPREAD = SPREAD_;
+    static constexpr bool SPREAD = SPREAD_, WARPGROUPS = WARPGROUPS_;
+    static_assert(!WARPGROUPS || (R == 1 && WARPS % 4 == 0 && !SPREAD), "four warps hold 64 rows");
     static constexpr i32 THREADS = WARPS * 32, M = R * 16 * (SPREAD ? 1 : WARPS);
     static constexpr i32 OWN = SPREAD ? COLUMNS / WARPS : COLUMNS;  // columns of a warp
     static constexpr i32 Q_BYTES = M * ROW_BYTES<T, K>, K_BYTES = COLUMNS * ROW_BYTES<T, K>, V_BYTES = COLUMNS * ROW_BYTES<T, V>;
@@ -155,7 +157,7 @@ __device__ __forceinline__ void forward(const Problem& p, const typename Mod::Ca
     const auto copy_rows = [&](shared_t target, const void* base, const Axes& at, i32 width, i32 step, auto width_in_shared) {
         const T* from = static_cast<const T*>(base);
         const i32 start = begin + (tiles - 1 - step) * N;
-        stage<T, N, decltype(width_in_shared)::value, Shape::THREADS>(target, base, width, p.aligned != 0, [&](i32 row) -> const T* {
+        stage<T, N, decltype(width_in_shared)::value, Shape::THREADS, Shape::WARPGROUPS>(target, base, width, p.aligned != 0, [&](i32 row) -> const T* {
             const i32 key = number_of(start + row);
             return key < 0 ? nullptr : from + key_place<IN_PAGES>(p, at, sequence, key_head, key);
         });
@@ -178,7 +180,7 @@ __device__ __forceinline__ void forward(const Problem& p, const typename Mod::Ca
     }
 
     const T* queries = static_cast<const T*>(p.query);
-    stage<T, Shape::M, Shape::K_WIDTH, Shape::THREADS>(q_tile, p.query, p.width, p.aligned != 0, [&](i32 row) -> const T* {
+    stage<T, Shape::M, Shape::K_WIDTH, Shape::THREADS, Shape::WARPGROUPS>(q_tile, p.query, p.width, p.aligned != 0, [&](i32 row) -> const T* {
         const i32 packed = rows.first + row;
         if (packed >= rows.end) return nullptr;
         return queries + query_place(p.query_at, sequence, rows.head(p, packed), rows.query(p, packed));
@@ -191,12 +193,17 @@ __device__ __forceinline__ void forward(const Problem& p, const typename Mod::Ca
     for (i32 step = 0; step < tiles; ++step) {
         const i32 start = begin + (tiles - 1 - step) * N;
         async_wait<0>();
+        if constexpr (Shape::WARPGROUPS) publish_copies();
         block_barrier();  // keys are here; values of the tile before are done with
         copy_values(step);
 
         Sums<R, GROUPS> score;
-        score.clear();
-        Multiply<T>::template rows<Shape::K_WIDTH>(score, q_tile, warp_row, k_tile, warp_column);
+        if constexpr (Shape::WARPGROUPS) {
+            MultiplyWarpgroup<T>::template rows<Shape::K_WIDTH, Shape::M, N>(score, q_tile, warp / 4 * 64, k_tile);
+        } else {
+            score.clear();
+            Multiply<T>::template rows<Shape::K_WIDTH>(score, q_tile, warp_row, k_tile, warp_column);
+        }
         note_keys(step + 1);
 
         const bool partial = !HAS_LISTS || start < columns.partials;
@@ -238,6 +245,7 @@ __device__ __forceinline__ void forward(const Problem& p, const typename Mod::Ca
         }
 
         async_wait<0>();
+        if constexpr (Shape::WARPGROUPS) publish_copies();
         block_barrier();  // values are here; keys are done with
         copy_keys(step + 1);
 
@@ -301,7 +309,11 @@ __device__ __forceinline__ void forward(const Problem& p, const typename Mod::Ca
                 }
             }
         }
-        Multiply<T>::template weighted<Shape::V_WIDTH>(out, score, v_tile, warp_column, scratch);
+        if constexpr (Shape::WARPGROUPS) {
+            MultiplyWarpgroup<T>::template weighted<N>(out, score, v_tile);
+        } else {
+            Multiply<T>::template weighted<Shape::V_WIDTH>(out, score, v_tile, warp_column, scratch);
+        }
     }
     async_wait<0>();
 
@@ -450,9 +462,10 @@ __device__ __forceinline__ void forward(const Problem& p, const typename Mod::Ca
 }  // namespace attention
 }  // namespace tilewise
 
-#define INSTANTIATE_ATTENTION_FORWARD(NAME, TYPE, K_WIDTH, V_WIDTH, R, WARPS, COLUMNS, SPREAD, BLOCKS, FEATURES, MOD)  \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)                                                  \
+#define INSTANTIATE_ATTENTION_FORWARD(NAME, TYPE, K_WIDTH, V_WIDTH, R, WARPS, COLUMNS, SPREAD, WARPGROUPS, FEATURES,  \
+                                      MOD)                                                                            \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)                                                  \
         NAME(const __grid_constant__ tilewise::attention::Problem problem, const __grid_constant__ MOD::Captures captures) {\
-        using Shape = tilewise::attention::ForwardShape<TYPE, K_WIDTH, V_WIDTH, R, WARPS, COLUMNS, SPREAD>;           \
+        using Shape = tilewise::attention::ForwardShape<TYPE, K_WIDTH, V_WIDTH, R, WARPS, COLUMNS, SPREAD, WARPGROUPS>;\
         tilewise::attention::forward<Shape, FEATURES, MOD>(problem, captures);                                        \
     }

@@ -25,8 +25,13 @@ template <class T, i32 WIDTH> __device__ __forceinline__ shared_t at(shared_t ti
     return tile + row * ROW_BYTES<T, WIDTH> + (chunk ^ (row & 7)) * 16;
 }
 
+// The same for warpgroups, which read tiles by themselves: slabs of 128 bytes of each row, one slab behind the other.
+template <i32 ROWS> __device__ __forceinline__ shared_t at_slab(shared_t tile, i32 row, i32 chunk) {
+    return tile + chunk / 8 * (ROWS * 128) + row * 128 + (chunk % 8 ^ (row & 7)) * 16;
+}
+
 // Copies ROWS rows; `where` gives a row's place in memory, or null for a row of zeros. `width`: elements that exist.
-template <class T, i32 ROWS, i32 WIDTH, i32 THREADS, class Where>
+template <class T, i32 ROWS, i32 WIDTH, i32 THREADS, bool SLABS = false, class Where>
 __device__ __forceinline__ void stage(shared_t tile, const void* anywhere, i32 width, bool aligned, const Where& where) {
     constexpr i32 PER_ROW = WIDTH / CHUNK<T>;
     static_assert(WIDTH % 64 == 0, "whole groups of eight chunks");
@@ -36,7 +41,7 @@ __device__ __forceinline__ void stage(shared_t tile, const void* anywhere, i32 w
         const i32 row = i / PER_ROW, chunk = i % PER_ROW, column = chunk * CHUNK<T>;
         const T* source = where(row);
         const i64 count = source == nullptr ? 0 : width - column;
-        const shared_t target = at<T, WIDTH>(tile, row, chunk);
+        const shared_t target = SLABS ? at_slab<ROWS>(tile, row, chunk) : at<T, WIDTH>(tile, row, chunk);
         if (aligned) {
             gemm::fill<T, true>(target, source + column, count, base);
         } else {

@@ -105,7 +105,8 @@ def fake_cupy() -> types.ModuleType:
                 library.emulator_shared(ctypes.c_long(shared_mem))
                 getattr(library, f"emulate_{name}")(pointers, *extents)
                 library.emulator_fault.restype = ctypes.c_char_p
-                assert library.emulator_fault() == b""
+                fault = library.emulator_fault()
+                assert fault == b"", fault
 
             return call
 

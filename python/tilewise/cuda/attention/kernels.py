@@ -62,6 +62,7 @@ class ForwardShape:
     warps: int
     columns: int
     spread: bool
+    warpgroups: bool = False
 
     @property
     def rows(self) -> int:
@@ -78,13 +79,24 @@ class ForwardShape:
 
 
 def forward_shape(
-    dtype: str, key_width: int, value_width: int, features: int, mod: Mod, *, spread: bool
+    dtype: str,
+    key_width: int,
+    value_width: int,
+    features: int,
+    mod: Mod,
+    *,
+    spread: bool,
+    warpgroups: bool = False,
 ) -> ForwardShape:
     """The tile of a forward pass. Without features and mods there are registers for two groups of rows a warp at 64; at
-    128 they would spill on sm_100a and sm_120, and eight warps share the keys instead."""
+    128 they would spill on sm_100a and sm_120, and eight warps share the keys instead. `warpgroups`: on sm_90a, where
+    they are asked for; they take 16 bits and widths up to 128.
+    """
     wide = max(key_width, value_width)
     special = features & ~SPLIT
     plain = not special and mod is NO_MOD
+    if warpgroups and not spread and wide <= 128 and dtype != "float32":
+        return ForwardShape(dtype, key_width, value_width, 1, 8, 128 if plain else 64, False, True)
     if dtype == "float32":
         warps = 4 if wide <= 128 else 2
         columns = 16 * warps if spread else 16
@@ -134,9 +146,9 @@ def backward_shape(dtype: str, key_width: int, value_width: int) -> BackwardShap
     return BackwardShape(dtype, key_width, value_width, 4, 64 if wide <= 64 else 32 if wide <= 128 else 16)
 
 
-def _kernel(operation: str, label: str, mod: Mod, parameters: str, shared: int) -> Kernel:
+def _kernel(operation: str, label: str, mod: Mod, parameters: str, shared: int, only: str | None = None) -> Kernel:
     name = f"tilewise_attention_{label}{'_' + mod.digest if mod.digest else ''}"
-    return Kernel(name, _ENTRY, f"{mod.text}INSTANTIATE_ATTENTION_{operation}({name}, {parameters})\n", shared)
+    return Kernel(name, _ENTRY, f"{mod.text}INSTANTIATE_ATTENTION_{operation}({name}, {parameters})\n", shared, only)
 
 
 def _parameters(*values: object) -> str:
@@ -146,9 +158,11 @@ def _parameters(*values: object) -> str:
 @functools.lru_cache(maxsize=1024)
 def forward(shape: ForwardShape, features: int, mod: Mod) -> Kernel:
     kind, widths = TYPES[shape.dtype], (shape.key_width, shape.value_width)
-    label = f"forward_{kind}_{widths[0]}x{widths[1]}_r{shape.row_groups}{'_spread' if shape.spread else ''}_f{features}"
-    tile = (*widths, shape.row_groups, shape.warps, shape.columns, shape.spread)
-    return _kernel("FORWARD", label, mod, _parameters(f"tilewise::{kind}", *tile, 1, features, mod.name), shape.shared)
+    suffix = "_spread" if shape.spread else "_warpgroups" if shape.warpgroups else ""
+    label = f"forward_{kind}_{widths[0]}x{widths[1]}_r{shape.row_groups}{suffix}_f{features}"
+    tile = (*widths, shape.row_groups, shape.warps, shape.columns, shape.spread, shape.warpgroups)
+    parameters = _parameters(f"tilewise::{kind}", *tile, features, mod.name)
+    return _kernel("FORWARD", label, mod, parameters, shape.shared, "sm_90a" if shape.warpgroups else None)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -242,8 +256,8 @@ def _specimens() -> tuple[Kernel, ...]:
     mod = render(_SCORE, ("float32",), _MASK, ("int32",), _GRADIENT)
     kernels: list[Kernel] = []
 
-    def forwards(dtype: str, width: int, value_width: int, features: int, of: Mod, *, spread: bool = False) -> None:
-        shape = forward_shape(dtype, width, value_width, features, of, spread=spread)
+    def forwards(dtype: str, width: int, value_width: int, features: int, of: Mod, **engine: bool) -> None:
+        shape = forward_shape(dtype, width, value_width, features, of, **({"spread": False} | engine))
         kernels.append(forward(shape, features, of))
 
     def backwards(dtype: str, width: int, value_width: int, features: int, of: Mod) -> None:
@@ -265,6 +279,10 @@ def _specimens() -> tuple[Kernel, ...]:
     forwards("bfloat16", 128, 128, SPLIT, NO_MOD, spread=True)
     forwards("bfloat16", 256, 256, PAGED | SPLIT, mod, spread=True)
     forwards("float16", 128, 128, 0, NO_MOD)
+    for width in (64, 128):
+        forwards("bfloat16", width, width, 0, NO_MOD, warpgroups=True)
+        forwards("bfloat16", width, width, everything | PAGED, mod, warpgroups=True)
+    forwards("float16", 128, 64, 0, NO_MOD, warpgroups=True)
     backwards("float16", 64, 64, 0, NO_MOD)
     forwards("float32", 256, 256, 0, NO_MOD)
     backwards("float32", 256, 256, 0, NO_MOD)

@@ -7,7 +7,7 @@ from typing import Any
 
 from tilewise.cuda.attention import kernels
 from tilewise.cuda.attention.problem import Problem, beside, multiple, output, rows_together
-from tilewise.cuda.launch import DeviceArray, describe, empty, launch
+from tilewise.cuda.launch import DeviceArray, architecture, describe, empty, launch, warpgroups_wanted
 from tilewise.errors import ArgumentError, UnsupportedError
 
 __all__ = ["backward", "forward"]
@@ -52,7 +52,8 @@ def forward(query: Any, key: Any, value: Any, out: Any, lse: Any, rules: Any) ->
         features |= kernels.SPLIT
         problem.point("partial", empty(q, (parts, batches, heads, queries, dv), "float32"))
         problem.point("partial_lse", empty(q, (parts, batches, heads, queries), "float32"))
-    shape = kernels.forward_shape(q.dtype, *problem.widths, features, mod, spread=rows <= 16)
+    warpgroups = warpgroups_wanted() and rows > 64 and architecture(q) == "sm_90a"
+    shape = kernels.forward_shape(q.dtype, *problem.widths, features, mod, spread=rows <= 16, warpgroups=warpgroups)
     grid = (problem.row_tiles(shape.rows) * problem.head_parts * problem.copies, parts, 1)
     block = (32 * shape.warps, 1, 1)
     launch(kernels.forward(shape, features, mod), grid, block, (a, problem.captures(mod, arrays)), q)
