@@ -293,3 +293,70 @@ def test_bench_help_loads_nothing_heavy():
         "heavy = {'torch', 'transformers', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_mask_list_names_the_catalogue():
+    from tilewise import masks, mods
+
+    rows = json.loads(call("mask", "list", "--json").stdout)
+    assert {row["name"] for row in rows} == set(masks.EXAMPLES) | set(mods.EXAMPLES)
+    assert all(row["about"] and row["call"].startswith(row["name"]) for row in rows)
+    shown = call("mask", "list").stdout
+    assert all(name in shown for name in masks.EXAMPLES)
+
+
+def test_mask_show_draws():
+    result = call("mask", "show", "causal", "--queries", 8, "--keys", 8, "--block", 4)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    start = lines.index("▓▓······")
+    assert lines[start : start + 8] == [
+        "▓▓······", "▓▓▓▓····", "▓▓▓▓▓▓··", "▓▓▓▓▓▓▓▓",
+        "████████▓▓······", "████████▓▓▓▓····", "████████▓▓▓▓▓▓··", "████████▓▓▓▓▓▓▓▓",
+    ]  # fmt: skip
+    assert "q >= k" in lines
+    assert "36 of 64 elements kept; blocks of 4 x 4: 1 full, 2 partial, 1 empty" in " ".join(result.stdout.split())
+    wide = call("mask", "show", "causal", "--queries", 1000, "--keys", 1000, "--block", 100).stdout
+    assert max(map(len, wide.splitlines())) <= 128
+
+
+def test_mask_show_json_and_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    place = tmp_path / "mask.png"
+    result = call("mask", "show", "sliding_window", "--json", "--plot", place)
+    found = json.loads(result.stdout)
+    assert place.read_bytes()[:4] == b"\x89PNG"
+    assert found["blocks"] == {"empty": 43, "partial": 21, "full": 0}
+    assert found["expression"] == "(q >= k) & (q - k <= 12)"
+    assert sum(row.count(0) for row in found["schedule"]) == found["blocks"]["empty"]
+    assert found["sparsity"] == pytest.approx(100 * found["blocks"]["empty"] / 64)
+    assert found["kept"] == sum(min(q, 12) + 1 for q in range(64))
+    mod = call("mask", "show", "alibi", "--queries", 4, "--keys", 6, "--head", 1, "--plot", tmp_path / "mod.svg")
+    assert mod.exit_code == 0 and "become -0.1875 to 0.3125" in mod.stdout
+    assert json.loads(call("mask", "show", "rel", "--json").stdout)["range"] == [-63.0, 63.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("casual",), 1, "no mask or mod 'casual'"),
+        (("natten", "--queries", 5), 1, "the example's grid has 144"),
+        (("causal", "--queries", 0), 2, "--queries"),
+        (("causal", "--plot", "picture.nothing"), 1, "--plot: expected a name that ends in"),
+        (("causal", "--plot", "/no/such/place/a.png"), 1, "does not exist"),
+    ],
+)
+def test_mask_show_says_what_is_wrong(arguments, code, message):
+    pytest.importorskip("matplotlib")
+    result = call("mask", "show", *arguments)
+    assert result.exit_code == code
+    assert message in " ".join(result.output.split())
+
+
+def test_masks_load_no_torch():
+    code = (
+        "import sys; from tilewise.cli.app import app; from typer.testing import CliRunner;"
+        "assert CliRunner().invoke(app, ['mask', 'show', 'natten']).exit_code == 0;"
+        "heavy = {'torch', 'transformers', 'cupy', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
 from tilewise import _core, reference
-from tilewise.errors import ArgumentError, DtypeError, ShapeError
 
 EXTENTS = {"batch": 2, "heads": 3, "queries": 37, "keys": 21}
 ALIBI = """tilewise-expr 1 score
@@ -243,7 +240,7 @@ def test_gradients_are_finite_differences(isa: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     extents = {"batch": 1, "heads": 3, "queries": 9, "keys": 6}
     captures = [*captures_of(), np.array(0.375)]
-    captures = [c + 1e-3 * rng.random(c.shape) if c.dtype == np.float64 else c for c in captures]
+    captures = [np.asarray(c + 1e-3 * rng.random(c.shape)) if c.dtype == np.float64 else c for c in captures]
     score, grad = rng.standard_normal((1, 3, 9, 6)), rng.standard_normal((1, 3, 9, 6))
 
     def loss(captures: list[Any], score: np.ndarray) -> float:
@@ -274,3 +271,330 @@ def test_gradients_are_finite_differences(isa: str, seed: int) -> None:
                 moved[number][place] += sign * step
                 ends.append(loss(moved, score))
             np.testing.assert_allclose(total[place], (ends[0] - ends[1]) / (2 * step), rtol=1e-4, atol=1e-5)
+
+
+HEAD = "tilewise-expr 1 mask\n"
+WINDOW = HEAD + "query\nkey\nge 0 1\nsub 0 1\nint 9\nle 3 4\nand 2 5\nreturn 6\n"
+DILATED = HEAD + "query\nkey\nsub 0 1\nabs 2\nint 3\nmod 3 4\nint 0\neq 5 6\nreturn 7\n"
+PREFIX = HEAD + "capture int 1\nbatch\ngather 0 0\nquery\nkey\nlt 3 1\nge 2 3\nor 4 5\nreturn 6\n"
+BY_BLOCK = HEAD + "head\nquery\nkey\nint 8\nfloor_div 1 3\nfloor_div 2 3\nsub 4 5\neq 6 0\nreturn 7\n"
+FLOAT = HEAD + "query\nkey\nto_float 0\nto_float 1\nfloat 0.37\nmul 2 4\nsqrt 3\nlt 6 5\nreturn 7\n"
+CAPTURED = HEAD + "capture bool 2\nquery\nkey\ngather 0 0 1\nreturn 2\n"
+
+
+def dense_lists(mask: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which blocks have some and which have all of their elements; beyond the edge nothing is attended."""
+    padded = np.pad(mask, [(0, 0), (0, 0), *((0, -n % b) for n, b in zip(mask.shape[2:], block, strict=True))])
+    b, h, q, k = padded.shape
+    blocks = padded.reshape(b, h, q // block[0], block[0], k // block[1], block[1])
+    return blocks.any((3, 5)), blocks.all((3, 5))
+
+
+def assert_lists(count: np.ndarray, indices: np.ndarray, expected: np.ndarray) -> None:
+    """Ascending numbers of the expected blocks, then -1."""
+    assert np.array_equal(count, expected.sum(-1))
+    place = np.where(expected, np.arange(expected.shape[-1]), np.iinfo(np.int32).max)
+    order = np.sort(place, axis=-1)
+    assert np.array_equal(indices, np.where(order == np.iinfo(np.int32).max, -1, order))
+
+
+def lists_of(text: str, captures: Any, block: tuple[int, int], **extents: int) -> list[np.ndarray]:
+    nq, nk = -(-extents["queries"] // block[0]), -(-extents["keys"] // block[1])
+    lead = (extents["batch"], extents["heads"], nq)
+    out = [np.full(lead + tail, -7, np.int32) for tail in ((), (nk,), (), (nk,))]
+    names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+    sizes = {"query_block": block[0], "key_block": block[1]}
+    _core.block_mask(text, captures, **extents, **sizes, **dict(zip(names, out, strict=True)))
+    return out
+
+
+@pytest.mark.parametrize("block", [(16, 16), (8, 32), (5, 7), (1, 1), (128, 128)])
+@pytest.mark.parametrize(
+    ("text", "captures"),
+    [
+        (CAUSAL_DOCUMENTS, [np.sort(np.random.default_rng(0).integers(0, 6, (2, 70)), axis=1)]),
+        (WINDOW, []),
+        (DILATED, []),
+        (PREFIX, [np.array([11, 40])]),
+        (BY_BLOCK, []),
+        (FLOAT, []),
+        (CAPTURED, [np.random.default_rng(1).random((70, 61)) < 0.02]),
+    ],
+    ids=["causal documents", "window", "dilated", "prefix", "by block", "float", "captured"],
+)
+def test_block_masks_are_confirmed_by_enumeration(text: str, captures: Any, block: tuple[int, int]) -> None:
+    extents = {"batch": 2, "heads": 2, "queries": 70, "keys": 61}
+    mask = reference.expr.evaluate(text, captures, dtype=np.float32, **extents)
+    some, every = dense_lists(mask, block)
+    count, indices, full_count, full_indices = lists_of(_core.expr_simplify(text), captures, block, **extents)
+    assert_lists(full_count, full_indices, every)
+    assert_lists(count, indices, some & ~every)
+    out = [np.full(shape, -7, np.int32) for shape in (indices.shape[:2] + indices.shape[3:], indices.mT.shape)]
+    _core.block_mask_transpose(count, indices, *out)
+    assert_lists(out[0], out[1], (some & ~every).mT)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_verdicts_of_random_masks_are_confirmed_by_enumeration(seed: int) -> None:
+    text = _core.expr_simplify(Trees(seed + 1000, "mask").text(4 + seed % 25))
+    captures = captures_of()
+    mask = reference.expr.evaluate(text, captures, dtype=np.float32, **EXTENTS)
+    for block in ((4, 4), (16, 8), (37, 21)):
+        some, every = dense_lists(mask, block)
+        count, indices, full_count, full_indices = lists_of(text, captures, block, **EXTENTS)
+        assert_lists(full_count, full_indices, every)
+        assert_lists(count, indices, some & ~every)
+
+
+ONE = {"batch": 1, "heads": 1, "queries": 3, "keys": 5}
+MALFORMED = [
+    ("", 1, "tilewise-expr 1"),
+    ("tilewise-expr 2 score\nscore\nreturn 0", 1, "tilewise-expr 1"),
+    ("tilewise-expr 1 block\nscore\nreturn 0", 1, "score|mask|gradient"),
+    ("tilewise-expr 1 score extra\nscore\nreturn 0", 1, "tilewise-expr 1"),
+    ("tilewise-expr 1 score\nscore\n", 3, "return"),
+    ("tilewise-expr 1 score\nreturn 0", 2, "first node"),
+    ("tilewise-expr 1 score\nscore\nreturn 1", 3, "0 to 0"),
+    ("tilewise-expr 1 score\nscore\nreturn -1", 3, "numbers of nodes"),
+    ("tilewise-expr 1 score\nscore\nreturn", 3, "return N"),
+    ("tilewise-expr 1 score\nscore\nreturn 0\nscore", 4, "after return"),
+    ("tilewise-expr 1 score\nquery\nreturn 0", 3, "to_float"),
+    ("tilewise-expr 1 mask\nquery\nreturn 0", 3, "to_bool"),
+    ("tilewise-expr 1 mask\nscore\nto_bool 0\nreturn 1", 2, "batch, head, query, key"),
+    ("tilewise-expr 1 score\ngrad\nreturn 0", 2, "batch, head, query, key"),
+    ("tilewise-expr 1 score\nscore\nfrobnicate 0\nreturn 1", 3, "atan2"),
+    ("tilewise-expr 1 score\nscore\nexp\nreturn 1", 3, "exp A"),
+    ("tilewise-expr 1 score\nscore\nexp 0 0\nreturn 1", 3, "exp A"),
+    ("tilewise-expr 1 score\nscore\nquery\nadd 0 1\nreturn 2", 4, "add(float, int)"),
+    ("tilewise-expr 1 score\nscore\nnot 0\nreturn 0", 3, "not(bool)"),
+    ("tilewise-expr 1 score\nscore\nadd 0 1\nreturn 0", 3, "0 to 0"),
+    ("tilewise-expr 1 score\nscore 3\nreturn 0", 2, "score"),
+    ("tilewise-expr 1 score\nfloat one\nreturn 0", 2, "decimal"),
+    ("tilewise-expr 1 score\nfloat\nreturn 0", 2, "float X"),
+    ("tilewise-expr 1 score\nint 1.5\nreturn 0", 2, "64-bit integer"),
+    ("tilewise-expr 1 score\nint 9223372036854775808\nreturn 0", 2, "64-bit integer"),
+    ("tilewise-expr 1 mask\nbool 2\nreturn 0", 2, "0 or 1"),
+    ("tilewise-expr 1 mask\nbool yes\nreturn 0", 2, "0 or 1"),
+    ("tilewise-expr 1 score\ncapture text 1\nscore\nreturn 0", 2, "float, int or bool"),
+    ("tilewise-expr 1 score\ncapture float\nscore\nreturn 0", 2, "capture CLASS RANK"),
+    ("tilewise-expr 1 score\ncapture float 99\nscore\nreturn 0", 2, "rank"),
+    ("tilewise-expr 1 score\nscore\ncapture float 1\nreturn 0", 3, "captures before nodes"),
+    ("tilewise-expr 1 score\nscore\ngather 0\nreturn 0", 3, "captures"),
+    ("tilewise-expr 1 score\ncapture float 1\nscore\ngather 0\nreturn 0", 4, "1 indices"),
+    ("tilewise-expr 1 score\ncapture float 1\nscore\ngather\nreturn 0", 4, "gather CAPTURE"),
+    ("tilewise-expr 1 score\ncapture float 1\nscore\ngather 0 0\nreturn 0", 4, "int"),
+    ("tilewise-expr 1 score\ncapture float 0\nscore\nreturn 0\nscatter 0 0", 5, "gradient programs alone"),
+    ("tilewise-expr 1 gradient\ncapture int 0\ngrad\nreturn 0\nscatter 0 0", 5, "float capture"),
+    ("tilewise-expr 1 gradient\ncapture float 0\ngrad\nscatter 0 0\nreturn 0", 4, "after 'return'"),
+    ("tilewise-expr 1 gradient\ncapture float 1\ngrad\nreturn 0\nscatter 0 0", 5, "1 indices"),
+    ("tilewise-expr 1 score\nscore\nadd 0 18446744073709551616\nreturn 0", 3, "numbers of nodes"),
+    ("tilewise-expr 1 score\nscor\u00e9\nreturn 0", 2, "operation"),
+]
+
+
+@pytest.mark.parametrize(("text", "line", "what"), MALFORMED, ids=range(len(MALFORMED)))
+def test_malformed_texts_name_their_line(text: str, line: int, what: str) -> None:
+    for function in (_core.expr_check, _core.expr_simplify, _core.expr_gradient):
+        with pytest.raises(ArgumentError) as error:
+            function(text)
+        assert f"line {line}:" in str(error.value)
+        assert what in str(error.value)
+
+
+def test_damaged_texts_are_refused_or_read(isa: str) -> None:
+    rng = np.random.default_rng(3)
+    words = ["0", "1", "-1", "999", "score", "gather", "where", "nan", "capture", "return", "#", "\n", "\t", "é", "1e999"]
+    read = 0
+    for trial in range(400):
+        text = list(Trees(trial % 7, "score").text(6))
+        for _ in range(int(rng.integers(1, 4))):
+            place = int(rng.integers(0, len(text)))
+            if rng.random() < 0.5:
+                text[place] = str(rng.choice(words))
+            else:
+                del text[place]
+        damaged = "".join(text)
+        try:
+            _core.expr_check(damaged)
+        except ArgumentError:
+            continue
+        read += 1
+        simple = _core.expr_simplify(damaged)
+        assert _core.expr_simplify(simple) == simple
+        _core.expr_gradient(damaged)
+    assert read > 5
+
+
+def test_texts_survive_comments_and_deep_chains() -> None:
+    _core.expr_check("\n# a mask\ntilewise-expr 1 mask # kind\n\n query\nkey\n ge 0 1 # causal\nreturn 2\n\n")
+    lines = ["score", *(f"sin {i}" for i in range(20000))]
+    deep = "tilewise-expr 1 score\n" + "\n".join(lines) + "\nreturn 20000\n"
+    assert _core.expr_simplify(deep) == deep
+    _core.expr_gradient(deep)
+    with pytest.raises(ArgumentError, match="at most"):
+        _core.expr_check("tilewise-expr 1 score\n" + "score\n" * 70000 + "return 0\n")
+
+
+SIMPLER = [
+    ("query\nint 0\nadd 0 1\nkey\nge 2 3\nreturn 4", "key\nquery\nle 0 1\nreturn 2"),
+    ("key\nquery\nlt 1 0\nnot 2\nreturn 3", "key\nquery\nle 0 1\nreturn 2"),
+    ("query\nkey\nge 0 1\nbool 1\nand 2 3\nnot 4\nnot 5\nreturn 6", "key\nquery\nle 0 1\nreturn 2"),
+    ("query\nkey\nge 0 1\nge 0 1\nor 2 3\nreturn 4", "key\nquery\nle 0 1\nreturn 2"),
+    ("query\nkey\nle 1 0\nbool 1\nbool 0\nwhere 2 3 4\nreturn 5", "key\nquery\nle 0 1\nreturn 2"),
+    ("query\nkey\nge 0 1\nnot 2\nor 2 3\nreturn 4", "bool 1\nreturn 0"),
+    ("query\nint 64\nfloor_div 0 1\nint 5\neq 2 3\nreturn 4", "query\nint 6\nshr 0 1\nint 5\neq 2 3\nreturn 4"),
+    ("query\nint 64\nmod 0 1\nint 5\nlt 2 3\nreturn 4", "query\nint 63\nand 0 1\nint 5\nlt 2 3\nreturn 4"),
+    ("int 3\nint 4\nmul 0 1\nint 12\neq 2 3\nreturn 4", "bool 1\nreturn 0"),
+    ("query\nkey\nsub 0 1\nint 1\nsub 2 3\nint 2\nadd 4 5\nint 0\nlt 6 7\nreturn 8", None),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), SIMPLER, ids=range(len(SIMPLER)))
+def test_simplified_masks(before: str, after: str | None) -> None:
+    simple = _core.expr_simplify(HEAD + before)
+    if after is None:
+        # The constants of a sum are one.
+        assert simple.count("int ") == 2
+    else:
+        assert simple.split() == (HEAD + after).split()
+
+
+@pytest.mark.parametrize(
+    ("before", "kept"),
+    [
+        ("score\nfloat 0.0\nmul 0 1\nreturn 2", "mul"),  # NaN and infinities
+        ("score\nscore\nsub 0 1\nreturn 2", "sub"),
+        ("score\nfloat 0.0\nadd 0 1\nreturn 2", "add"),  # -0
+        ("score\nfloat 3.0\ndiv 0 1\nreturn 2", "div"),  # 1/3 is not exact
+        ("score\nscore\neq 0 1\nfloat 1.0\nwhere 2 0 3\nreturn 4", "eq"),  # NaN
+        ("score\nfloat 1.0\nlt 0 1\nnot 2\nfloat 2.0\nwhere 3 0 4\nreturn 5", "lt"),
+    ],
+)
+def test_what_floats_forbid_is_not_simplified(before: str, kept: str) -> None:
+    text = "tilewise-expr 1 score\n" + before
+    simple = _core.expr_simplify(text)
+    assert f"\n{kept} " in simple
+    odd = np.array([np.nan, np.inf, -np.inf, -0.0, 0.0, 1e300, -1e-300, 3.5] * 2).reshape(1, 1, 4, 4)
+    extents = {"batch": 1, "heads": 1, "queries": 4, "keys": 4}
+    truth = reference.expr.evaluate(text, score=odd, **extents)
+    got = run(simple, score=odd, **extents)
+    assert np.array_equal(got, truth, equal_nan=True)
+    assert np.array_equal(np.signbit(got), np.signbit(truth)) or np.isnan(truth).any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name)
+def test_captures_of_every_float_type_and_layout(isa: str, dtype: Any) -> None:
+    text = "tilewise-expr 1 score\ncapture float 2\nscore\nhead\nkey\ngather 0 1 2\nquery\ngather 0 1 4\nadd 3 5\nadd 0 6\nreturn 7"
+    text += "\n"
+    extents = {"batch": 1, "heads": 4, "queries": 9, "keys": 9}
+    base = (np.random.default_rng(2).integers(-64, 64, (8, 18)) / 8).astype(dtype)
+    views = [base[:4, :9].copy(), base[:4, :9], base[::2, ::2], base[3::-1, 8::-1], base.T[:4, :8:1][:, :8]]
+    views = [view for view in views if view.shape == (4, 9)]
+    views += [np.broadcast_to(base[0, :9], (4, 9)), np.broadcast_to(base[:4, :1], (4, 9)), base[:4, :9].T.copy().T]
+    score = scores_of(np.float32, extents)
+    for view in views:
+        truth = reference.expr.evaluate(text, [view.astype(np.float64)], score=score, **extents)
+        array = torch.from_numpy(view.astype(np.float32)).to(torch.bfloat16) if dtype == ml_dtypes.bfloat16 else view
+        for lanes in ("queries", "keys"):
+            assert np.array_equal(run(text, [array], dtype=np.float32, score=score, lanes=lanes, **extents), truth)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.int8, np.bool_])
+def test_captures_of_every_integer_type_and_layout(isa: str, dtype: Any) -> None:
+    cls = "bool" if dtype == np.bool_ else "int"
+    text = f"tilewise-expr 1 mask\ncapture {cls} 2\nbatch\nkey\ngather 0 0 1\nquery\ngather 0 0 3\neq 2 4\nreturn 5\n"
+    direct = f"tilewise-expr 1 mask\ncapture {cls} 2\nquery\nkey\ngather 0 0 1\nto_bool 2\nreturn 3\n"
+    direct = direct.replace("to_bool 2\nreturn 3", "return 2") if cls == "bool" else direct
+    base = np.random.default_rng(4).integers(-2, 2, (26, 26)).astype(dtype)
+    for view in (base[:13, :13], base[::2, ::2], base[12::-1, 12::-1], np.broadcast_to(base[3, :13], (13, 13))):
+        extents = {"batch": 2, "heads": 1, "queries": 13, "keys": 13}
+        for program in (text, direct):
+            truth = reference.expr.evaluate(program, [view], **extents)
+            for lanes in ("queries", "keys"):
+                assert np.array_equal(run(program, [view], lanes=lanes, **extents), truth)
+
+
+def test_large_integers_keep_64_bits(isa: str) -> None:
+    big = np.array([1 << 40, (1 << 40) + 1, -(1 << 62), np.iinfo(np.int64).max, np.iinfo(np.int64).min])
+    for op in ("add", "sub", "mul", "min", "max", "xor"):
+        text = f"{HEAD}capture int 1\nkey\ngather 0 0\nquery\n{op} 1 2\nint 7\nmod 3 4\nint 3\nlt 5 6\nreturn 7\n"
+        extents = {**ONE, "queries": 5}
+        for program in (text, _core.expr_simplify(text)):
+            assert np.array_equal(run(program, [big], **extents), reference.expr.evaluate(text, [big], **extents))
+
+
+def test_indices_that_leave_their_capture_are_an_error(isa: str) -> None:
+    text = "tilewise-expr 1 score\ncapture float 1\nscore\nquery\nkey\nsub 1 2\ngather 0 3\nadd 0 4\nreturn 5\n"
+    table = np.arange(9.0)
+    # -4 .. 2 wraps once.
+    truth = reference.expr.evaluate(text, [table], **ONE)
+    assert np.array_equal(run(text, [table], **ONE), truth)
+    for lanes in ("queries", "keys"):
+        with pytest.raises(ArgumentError, match=r"-4 in capture0\[\(query - key\)\].*clamp"):
+            run(text, [table[:3]], lanes=lanes, **ONE)
+        # By row, by lane, by both sides, of a matrix.
+        for index, rank in (("1", 1), ("2", 1), ("1 2", 2), ("2 1", 2)):
+            program = f"tilewise-expr 1 score\ncapture float {rank}\nscore\nquery\nkey\ngather 0 {index}\nreturn 3\n"
+            with pytest.raises(ArgumentError, match="indices of capture 0 below 2 on axis 0"):
+                run(program, [np.zeros((2, 9)[:rank])], lanes=lanes, **ONE)
+            run(program, [np.zeros((5, 5)[:rank])], lanes=lanes, **ONE)
+            with pytest.raises(ArgumentError, match="below 0"):
+                run(program, [np.zeros((0, 9)[:rank])], lanes=lanes, **ONE)
+        gradient = _core.expr_gradient(text)
+        with pytest.raises(ArgumentError, match="indices of capture 0"):
+            run(gradient, [table[:3]], grad=np.ones((1, 1, 3, 5)), grad_captures=[np.zeros(3)], lanes=lanes, **ONE)
+    mask = f"{HEAD}capture int 1\nquery\nkey\ngather 0 0\ngather 0 1\neq 2 3\nreturn 4\n"
+    with pytest.raises(ArgumentError, match="mask_mod: .*indices of capture 0 below 4"):
+        lists_of(mask, [np.arange(4)], (2, 2), **ONE)
+    with pytest.raises(ArgumentError, match="divisors other than 0"):
+        run(f"{HEAD}query\nkey\nmod 0 1\nint 0\neq 2 3\nreturn 4\n", **ONE)
+    with pytest.raises(ArgumentError, match="divisors other than 0"):
+        run(f"{HEAD}query\nint 0\nfloor_div 0 1\nint 0\neq 2 3\nreturn 4\n", **ONE)
+
+
+def test_captures_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="1 arrays"):
+        run(ALIBI)
+    with pytest.raises(ShapeError, match="program, capture 0: expected rank 1"):
+        run(ALIBI, [np.ones((3, 3))])
+    with pytest.raises(DtypeError, match="program, capture 0: expected dtype float32"):
+        run(ALIBI, [np.ones(3, np.int64)])
+    with pytest.raises(DtypeError, match="int64"):
+        run(CAUSAL_DOCUMENTS, [np.ones((2, 37))])
+    with pytest.raises(ArgumentError, match="lanes"):
+        run(SOFTCAP, lanes="both")
+    with pytest.raises(ShapeError, match="score"):
+        run(SOFTCAP, score=np.zeros((1, 1, 1, 1)))
+    with pytest.raises(ArgumentError, match="a score program"):
+        _core.expr_gradient(CAUSAL_DOCUMENTS)
+    with pytest.raises(ArgumentError, match="query_block"):
+        _core.block_mask(
+            WINDOW, [], **ONE, query_block=0, key_block=4, **dict.fromkeys(
+                ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"), np.zeros(1, np.int32)
+            )
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("empty", ["batch", "heads", "queries", "keys"])
+def test_empty_extents(isa: str, empty: str) -> None:
+    extents = {**EXTENTS, empty: 0}
+    assert run(SOFTCAP, score=np.zeros(tuple(extents.values())), **extents).size == 0
+    assert run(CAUSAL_DOCUMENTS, [np.zeros((2, 37), np.int64)], **extents).size == 0
+    count, indices, full, _ = lists_of(CAUSAL_DOCUMENTS, [np.zeros((2, 37), np.int64)], (8, 8), **extents)
+    assert count.sum() == 0
+    assert full.sum() == 0
+    assert (indices == -1).all()
+
+
+def test_transposing_wrong_lists_is_refused() -> None:
+    count, indices = np.array([1, 2], np.int32), np.array([[0, -1, -1], [0, 2, -1]], np.int32)
+    out = [np.zeros(3, np.int32), np.zeros((3, 2), np.int32)]
+    _core.block_mask_transpose(count, indices, *out)
+    assert out[0].tolist() == [2, 0, 1]
+    assert out[1].tolist() == [[0, 1], [-1, -1], [1, -1]]
+    with pytest.raises(ArgumentError, match="counts of 0 to 3"):
+        _core.block_mask_transpose(np.array([1, 4], np.int32), indices, *out)
+    with pytest.raises(ArgumentError, match="block numbers of 0 to 2"):
+        _core.block_mask_transpose(np.array([2, 2], np.int32), indices, *out)
+    with pytest.raises(ShapeError, match="out indices"):
+        _core.block_mask_transpose(count, indices, out[0], np.zeros((2, 3), np.int32))

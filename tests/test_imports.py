@@ -46,7 +46,21 @@ def test_import_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "room", ["gemm", "attention", "moe", "speculation", "testing", "errors", "reference", "plot", "bench"]
+    "room",
+    [
+        "gemm",
+        "attention",
+        "expr",
+        "masks",
+        "mods",
+        "moe",
+        "speculation",
+        "testing",
+        "errors",
+        "reference",
+        "plot",
+        "bench",
+    ],
 )
 def test_every_room_needs_numpy_alone(room: str) -> None:
     run(NUMPY_ALONE + f"import tilewise.{room}")

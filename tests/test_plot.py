@@ -102,9 +102,67 @@ def test_nothing_to_draw_is_drawn_as_nothing() -> None:
     assert plot.padded_share([], 8) == plot.padded_share([0], 8) == 0.0
 
 
+def image(ax: Any) -> np.ndarray:
+    return np.asarray(ax.images[0].get_array())
+
+
+def test_a_mask_is_drawn_over_its_schedule() -> None:
+    ax = plot.mask("causal", 32, 24, 8)
+    q, k = np.ogrid[:32, :24]
+    full = k // 8 < q // 8
+    expected = np.where(full, 3, np.where(q >= k, 2, np.where(k // 8 == q // 8, 1, 0)))
+    assert np.array_equal(image(ax), expected)
+    assert ax.get_title() == "causal: 9 of 12 blocks, 6 full, 25 % empty"
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("key", "query")
+    assert picture(ax)[:4] == b"\x89PNG" and picture(ax) == picture(plot.mask("causal", 32, 24, 8))
+
+
+def test_masks_of_every_kind_are_drawn() -> None:
+    from tilewise.attention import create_block_mask
+    from tilewise.masks import sliding_window
+
+    causal = image(plot.mask(lambda b, h, q, k: q >= k, 40, 40, 16))
+    assert np.array_equal(causal, image(plot.mask(create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 40, 40, 16))))
+    by_head = create_block_mask(lambda b, h, q, k: q >= k + h * 16, 1, 3, 64, 64, 16)
+    assert not np.array_equal(image(plot.mask(by_head, head=2)), image(plot.mask(by_head)))
+    assert plot.mask(sliding_window(3), 9, 9, 4).get_title().startswith("sliding_window(3): ")
+    # Many elements: the blocks alone.
+    large = plot.mask("causal", 4096, 4096, 128)
+    assert image(large).shape == (32, 32) and set(np.unique(image(large))) == {0, 2, 3}
+    # What a schedule leaves out is not drawn as kept.
+    mask = create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 32, 32, 8)[:, :, 2:3]
+    mask.mask_mod = lambda b, h, q, k: k >= 0
+    assert image(plot.mask(mask)).max(0).tolist() == [3] * 16 + [2] * 8 + [0] * 8
+
+
+def test_torchs_masks_are_drawn() -> None:
+    pytest.importorskip("torch")
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    theirs = create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 40, 40, "cpu", 16)
+    assert np.array_equal(image(plot.mask(theirs)), image(plot.mask("causal", 40, 40, 16)))
+
+
+def test_every_entry_of_the_catalogue_is_drawn() -> None:
+    from tilewise import masks, mods
+
+    for name in masks.EXAMPLES:
+        assert image(plot.mask(name)).max() >= 2 > image(plot.mask(name)).min(), name
+    for name in mods.EXAMPLES:
+        assert image(plot.mod(name, 12, 16)).shape == (12, 16)
+    assert image(plot.mod("alibi", 3, 3))[2, 0] == pytest.approx(-0.5)
+    assert image(plot.mod(lambda s, b, h, q, k: s * 2 + h, 2, 2, score=1.0, head=3)).tolist() == [[5, 5], [5, 5]]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: plot.mask("casual"), ArgumentError, "there is no mask 'casual'"),
+        (lambda: plot.mask(lambda b, h, q, k: q >= k), ArgumentError, "give queries and keys"),
+        (lambda: plot.mask("natten", 5, 5), ArgumentError, "the example's grid"),
+        (lambda: plot.mask("causal", head=-1), ArgumentError, "at least 0"),
+        (lambda: plot.mod("alibis"), ArgumentError, "there is no mod 'alibis'"),
+        (lambda: plot.mod("alibi", 0, 3), ArgumentError, "at least one query"),
         (lambda: plot.expert_load([[1, 2]]), ShapeError, "expected counts"),
         (lambda: plot.expert_load([1, 2], [1]), ShapeError, "2 experts and after 1"),
         (lambda: plot.expert_load([-1, 2]), ArgumentError, "numbers of rows"),

@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol, TypedDict, final, type_check_only
 __all__ = [
     "Rounding",
     "attention",
+    "block_mask",
+    "block_mask_transpose",
     "build_info",
     "cuda_files",
     "cuda_source",
@@ -107,6 +109,22 @@ def expr_evaluate(
     grad_captures: Sequence[_Array | None] | None = None,
     lanes: str = "queries",
 ) -> None: ...
+def block_mask(
+    text: str,
+    captures: Sequence[_Array],
+    *,
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    query_block: int,
+    key_block: int,
+    kv_num_blocks: _Array,
+    kv_indices: _Array,
+    full_kv_num_blocks: _Array,
+    full_kv_indices: _Array,
+) -> None: ...
+def block_mask_transpose(num_blocks: _Array, indices: _Array, out_num_blocks: _Array, out_indices: _Array) -> None: ...
 
 # moe
 def route(

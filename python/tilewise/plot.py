@@ -1,4 +1,4 @@
-"""Pictures: how even a routing is, what padding costs, how fast things ran.
+"""Pictures: what a mask keeps, how even a routing is, what padding costs, how fast things ran.
 
 Every function draws into the ``ax`` it is given, or into a new figure, and returns the axes;
 ``ax.figure.savefig(path)`` writes a file. Nothing is shown, and neither pyplot nor the user's settings are touched.
@@ -6,6 +6,8 @@ Needs matplotlib::
 
     pip install 'tilewise[viz]'
 
+* :func:`mask`: the elements that a mask keeps, and its empty, partial and full blocks;
+* :func:`mod`: what a score_mod adds where;
 * :func:`expert_load`: tokens of each expert, before and after rounding;
 * :func:`padding`: padded rows by tile size;
 * :func:`benchmark`: bars of times.
@@ -23,8 +25,12 @@ from tilewise.errors import ArgumentError, MissingExtraError, ShapeError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["benchmark", "expert_load", "padded_share", "padding"]
+__all__ = ["benchmark", "expert_load", "mask", "mod", "padded_share", "padding"]
 
+#: Elements of masks: in an empty block, dropped in a partial one, kept there, in a full one.
+_SHADES = ("#ffffff", "#f3e3c3", "#4a90c4", "#1d4e79")
+#: Above this many elements only blocks are drawn.
+_ELEMENTS = 2**22
 _BEFORE, _AFTER, _LINE = "#9aa5b1", "#1f77b4", "#b03a2e"
 #: Tile heights that kernels have: a CPU's block of rows, up to a GPU's.
 _TILES = (4, 8, 16, 32, 64, 128, 256)
@@ -226,4 +232,94 @@ def benchmark(milliseconds: Mapping[str, Mapping[str, float]], *, unit: str = "m
     ax.margins(x=0.12)
     ax.set(xlabel=unit)
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the bars, which may fill the axes
+    return ax
+
+
+def mask(
+    what: Any,
+    queries: int | None = None,
+    keys: int | None = None,
+    block: int | tuple[int, int] | None = None,
+    *,
+    batch: int = 0,
+    head: int = 0,
+    ax: Axes | None = None,
+) -> Axes:
+    """The elements that a mask keeps, over its schedule: full blocks dark, partial ones light, empty ones white.
+
+    Args:
+        what: the name of a mask of :mod:`tilewise.masks`, a mask_mod (a function or a traced
+            :class:`~tilewise.expr.Mod`), or a BlockMask (of tilewise or of torch).
+        queries, keys: lengths; of a name its example's, of a BlockMask its own.
+        block: ``(queries, keys)`` of a block; of a name its example's, 128 for functions.
+        batch, head: which one to draw.
+        ax: where to draw.
+
+    Returns:
+        The axes; the title says how many blocks are visited, how many of them are full, and the sparsity.
+
+    Raises:
+        MissingExtraError: no matplotlib.
+        ArgumentError: an unknown name, a function without lengths, or a batch or head outside.
+
+    Example:
+        >>> mask("causal", 32, 32, 8).get_title()
+        'causal: 10 of 16 blocks, 6 full, 37.5 % empty'
+    """
+    from tilewise.attention.picture import look
+
+    found = look(what, queries, keys, block, batch=batch, head=head, elements=_ELEMENTS)
+    ax = _axes(ax, width=5.4, height=5.4)
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    colors, norm = ListedColormap(list(_SHADES)), BoundaryNorm([-0.5, 0.5, 1.5, 2.5, 3.5], 4)
+    extent = (-0.5, found.keys - 0.5, found.queries - 0.5, -0.5)
+    ax.imshow(found.shades(), cmap=colors, norm=norm, extent=extent, interpolation="nearest", aspect="equal")
+    rows, columns = found.kinds.shape
+    if max(rows, columns) <= 64:
+        for edges, line in ((range(1, rows), ax.axhline), (range(1, columns), ax.axvline)):
+            for edge in edges:
+                line(edge * found.block[0 if line == ax.axhline else 1] - 0.5, color="#b8c0c8", linewidth=0.5)
+    ax.set(
+        xlabel="key", ylabel="query", xlim=(-0.5, found.keys - 0.5), ylim=(found.queries - 0.5, -0.5),
+        title=f"{found.name}: {found.visited} of {found.kinds.size} blocks, {found.full} full, "
+        f"{found.sparsity:.3g} % empty",
+    )  # fmt: skip
+    return ax
+
+
+def mod(
+    what: Any, queries: int = 64, keys: int = 64, *, score: float = 0.0, head: int = 0, ax: Axes | None = None
+) -> Axes:
+    """What a score_mod makes of one score everywhere, as colours over queries and keys.
+
+    Args:
+        what: the name of a mod of :mod:`tilewise.mods` (drawn with 4 heads), or a score_mod.
+        queries, keys: lengths.
+        score: that every element has before.
+        head: which one to draw.
+        ax: where to draw.
+
+    Returns:
+        The axes.
+
+    Raises:
+        MissingExtraError: no matplotlib.
+        ArgumentError: an unknown name, or lengths below 1.
+
+    Example:
+        >>> mod("alibi", 16, 16).get_title()
+        'alibi: scores of 0 become -3.75 to 3.75'
+    """
+    from tilewise.attention.picture import look_at_mod
+
+    found = look_at_mod(what, queries, keys, score=score, head=head)
+    ax = _axes(ax, width=5.8, height=5.0)
+    reach = max(float(np.abs(found.values - score).max(initial=0.0)), 1e-12)
+    image = ax.imshow(
+        found.values, cmap="RdBu_r", vmin=score - reach, vmax=score + reach, interpolation="nearest", aspect="equal"
+    )
+    ax.figure.colorbar(image, ax=ax, shrink=0.8)
+    low, high = found.range
+    ax.set(xlabel="key", ylabel="query", title=f"{found.name}: scores of {score:g} become {low:.3g} to {high:.3g}")
     return ax

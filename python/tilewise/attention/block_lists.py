@@ -13,10 +13,11 @@ from tilewise import _core
 from tilewise._arrays import native
 from tilewise.errors import ArgumentError
 from tilewise.expr import Mod
+from tilewise.expr.mod import naming
 
 __all__ = [
-    "block_size", "ceil_div", "check_lengths", "dense_mask", "dense_to_ordered", "fill_blocks", "ordered_to_dense",
-    "uses",
+    "block_size", "ceil_div", "check_lengths", "dense_mask", "dense_to_ordered", "dense_values", "fill_blocks",
+    "ordered_to_dense", "uses",
 ]  # fmt: skip
 
 
@@ -33,6 +34,7 @@ def block_size(size: Any) -> tuple[int, int]:
 
 
 def ceil_div(length: int, size: int) -> int:
+    """How many blocks of a size a length needs."""
     return -(-length // size)
 
 
@@ -79,7 +81,7 @@ def fill_blocks(
 ) -> list[np.ndarray]:
     """``[kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices]`` of a mask program, computed by the core.
 
-    Axes on which the mask does not depend are computed once and broadcast.
+    Axes on which the mask does not depend have an extent of 1: the caller broadcasts.
     """
     if mod.kind != "mask":
         raise ArgumentError(f"expected a mask_mod (b, h, q, k), got a score_mod: {mod}")
@@ -87,15 +89,30 @@ def fill_blocks(
     batch, heads = (B if uses(mod, "batch") else 1), (H if uses(mod, "head") else 1)
     arrays = [np.full((batch, heads, rows, columns)[: 3 + place % 2], -1, np.int32) for place in range(4)]
     captures = [native(name, array) for name, array in zip(mod.names, mod.captures, strict=True)]
-    _core.block_mask(
-        mod.program, captures, batch=batch, heads=heads, queries=Q_LEN, keys=KV_LEN,
-        query_block=size[0], key_block=size[1], kv_num_blocks=arrays[0], kv_indices=arrays[1],
-        full_kv_num_blocks=arrays[2], full_kv_indices=arrays[3],
-    )  # fmt: skip
+    with naming(mod):
+        _core.block_mask(
+            mod.program, captures, batch=batch, heads=heads, queries=Q_LEN, keys=KV_LEN,
+            query_block=size[0], key_block=size[1], kv_num_blocks=arrays[0], kv_indices=arrays[1],
+            full_kv_num_blocks=arrays[2], full_kv_indices=arrays[3],
+        )  # fmt: skip
     if not separate_full_blocks:
         dense = ordered_to_dense(arrays[0], arrays[1], columns) | ordered_to_dense(arrays[2], arrays[3], columns)
         arrays = list(dense_to_ordered(dense))
-    return [np.broadcast_to(array, (B, H, *array.shape[2:])) for array in arrays]
+    return arrays
+
+
+def dense_values(mod: Mod, B: int, H: int, Q_LEN: int, KV_LEN: int, score: float = 0.0) -> np.ndarray:
+    """What a program returns for every element, ``[B, H, Q_LEN, KV_LEN]``: bool, or float32 for scores all alike."""
+    batch, heads = (B if uses(mod, "batch") else 1), (H if uses(mod, "head") else 1)
+    shape = (batch, heads, Q_LEN, KV_LEN)
+    captures = [native(name, array) for name, array in zip(mod.names, mod.captures, strict=True)]
+    out = np.zeros(shape, bool if mod.kind == "mask" else np.float32)
+    scores = None if mod.kind == "mask" else np.full(shape, score, np.float32)
+    with naming(mod):
+        _core.expr_evaluate(
+            mod.program, captures, out, score=scores, batch=batch, heads=heads, queries=Q_LEN, keys=KV_LEN
+        )
+    return np.broadcast_to(out, (B, H, Q_LEN, KV_LEN))
 
 
 def dense_mask(mod: Mod, B: int, H: int, Q_LEN: int, KV_LEN: int) -> np.ndarray:
@@ -103,13 +120,5 @@ def dense_mask(mod: Mod, B: int, H: int, Q_LEN: int, KV_LEN: int) -> np.ndarray:
 
     Of a score program it is False where a score of 0 becomes -inf.
     """
-    batch, heads = (B if uses(mod, "batch") else 1), (H if uses(mod, "head") else 1)
-    shape = (batch, heads, Q_LEN, KV_LEN)
-    captures = [native(name, array) for name, array in zip(mod.names, mod.captures, strict=True)]
-    score = None if mod.kind == "mask" else np.zeros(shape, np.float32)
-    out = np.zeros(shape, bool if mod.kind == "mask" else np.float32)
-    _core.expr_evaluate(
-        mod.program, captures, out, score=score, grad=None, batch=batch, heads=heads, queries=Q_LEN, keys=KV_LEN
-    )
-    kept = out if mod.kind == "mask" else ~np.isneginf(out)
-    return np.broadcast_to(kept, (B, H, Q_LEN, KV_LEN))
+    values = dense_values(mod, B, H, Q_LEN, KV_LEN)
+    return values if mod.kind == "mask" else ~np.isneginf(values)

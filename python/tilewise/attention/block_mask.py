@@ -353,7 +353,8 @@ class BlockMask:
                 item = slice(int(item) % size, int(item) % size + 1)
             chosen.append(item)
         place = tuple(chosen)
-        parts = [None if array is None else array[place] for array in (getattr(self, n) for n in self._FIELDS[:4])]
+        parts: list[Any] = [getattr(self, name) for name in self._FIELDS[:4]]
+        parts = [None if array is None else array[place] for array in parts]
         queries = self._queries_of(place[2], parts[0].shape[-1])
         return type(self)(
             (queries, self.seq_lengths[1]), *parts, BLOCK_SIZE=self.BLOCK_SIZE, mask_mod=sliced_mask,

@@ -65,7 +65,8 @@ def create_block_mask(
     B, H, Q_LEN, KV_LEN = check_lengths(B, H, Q_LEN, KV_LEN)
     size = block_size(BLOCK_SIZE)
     mod = trace(mask_mod, "mask")
-    arrays = fill_blocks(mod, B, H, Q_LEN, KV_LEN, size, separate_full_blocks)
+    found = fill_blocks(mod, B, H, Q_LEN, KV_LEN, size, separate_full_blocks)
+    arrays = [np.broadcast_to(array, (B, H, *array.shape[2:])) for array in found]
     mask = BlockMask((Q_LEN, KV_LEN), *arrays, BLOCK_SIZE=size, mask_mod=mask_mod)
     mask._mod = mod
     return mask

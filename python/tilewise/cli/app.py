@@ -173,3 +173,35 @@ def bench_moe(
             as_json=as_json,
         )
     )
+
+
+mask = typer.Typer(
+    help="Masks and score mods by name: what they keep, and what blocks they visit.", no_args_is_help=True
+)
+app.add_typer(mask, name="mask")
+
+
+@mask.command("list")
+@_reported
+def mask_list(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False) -> int:
+    """Every mask and mod of the catalogue, with its rule."""
+    from tilewise.cli.masks import run_list
+
+    return run_list(as_json=as_json)
+
+
+@mask.command("show")
+@_reported
+def mask_show(
+    name: Annotated[str, typer.Argument(help="Of a mask or a mod; `tilewise mask list` shows all.")],
+    queries: Annotated[int | None, typer.Option(min=1, help="How many; the example's own if not given.")] = None,
+    keys: Annotated[int | None, typer.Option(min=1, help="How many; the example's own if not given.")] = None,
+    block: Annotated[int | None, typer.Option(min=1, help="Queries and keys of a block.")] = None,
+    head: Annotated[int, typer.Option(min=0, help="Which head to draw.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> int:
+    """Draw a mask: elements, block schedule (empty, partial, full) and sparsity; or what a mod adds where."""
+    from tilewise.cli.masks import Options, run_show
+
+    return run_show(Options(name, queries, keys, block, head, plot, as_json))

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tilewise.errors import ArgumentError, MissingExtraError
+from tilewise.cli.pictures import check_picture
+from tilewise.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from tilewise.bench.moe import Problem
@@ -55,7 +56,7 @@ def run(options: Options) -> int:
     except ImportError as error:
         raise MissingExtraError(f"tilewise bench needs torch ({error}): pip install 'tilewise[torch]'") from error
     if options.plot is not None:
-        _check_picture(options.plot)  # before minutes of measuring
+        check_picture(options.plot)  # before minutes of measuring
     if options.threads is not None:
         _core.set_num_threads(options.threads)
     before = torch.get_num_threads()
@@ -75,20 +76,6 @@ def run(options: Options) -> int:
     else:
         _report(found, options, Console())
     return 0
-
-
-def _check_picture(path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(f"--plot needs matplotlib ({error}): pip install 'tilewise[viz]'") from error
-    known = Figure().canvas.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in known:
-        raise ArgumentError(
-            f"--plot: expected a name that ends in one of {', '.join(sorted(known))}, got {path.name!r}"
-        )
-    if not path.absolute().parent.is_dir():
-        raise ArgumentError(f"--plot: the directory {str(path.absolute().parent)!r} does not exist")
 
 
 def _measure(problem: Problem, options: Options, console: Console) -> dict[str, Any]:

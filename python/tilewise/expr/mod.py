@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from tilewise._arrays import is_torch
-from tilewise.errors import ArgumentError, UnsupportedError
+from tilewise.errors import ArgumentError, TilewiseError, UnsupportedError
 from tilewise.expr import functions, nodes
 from tilewise.expr.nodes import Node
 from tilewise.expr.show import show_node
 from tilewise.expr.symbols import Symbol, array, as_node
 from tilewise.expr.text import ARGUMENTS, parse, write
 
-__all__ = ["Mod", "finish", "kind_of", "trace"]
+__all__ = ["Mod", "finish", "kind_of", "naming", "trace"]
 
 _BINARY = {
     "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y, "div": lambda x, y: x / y,
@@ -93,6 +95,20 @@ def _scalar(captured: Any, like: Any) -> Any:
     if isinstance(like, Symbol):
         return Symbol(captured.gather(()))
     return captured.tensor(like.device) if is_torch(like) else captured.numpy()[()]
+
+
+@contextlib.contextmanager
+def naming(mod: Mod) -> Iterator[None]:
+    """Around a call of the core: its errors speak of captures by number, the user's names are put in their place."""
+    try:
+        yield
+    except TilewiseError as error:
+        text = re.sub(
+            r"\bcapture ?(\d+)\b",
+            lambda found: mod.names[int(found[1])] if int(found[1]) < len(mod.names) else found[0],
+            str(error),
+        )
+        raise type(error)(text) from None
 
 
 def kind_of(function: Callable[..., Any], kind: str | None = None) -> str:

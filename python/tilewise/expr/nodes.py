@@ -107,6 +107,7 @@ def cast(node: Node, cls: str) -> Node:
 
 
 def floating(node: Node) -> Node:
+    """The node as a float."""
     return cast(node, "float")
 
 

@@ -289,7 +289,7 @@ class Array:
     __slots__ = ("__weakref__", "_numpy", "_tensors", "capture", "source")
 
     def __init__(self, source: Any, name: str = "array") -> None:
-        self.source = source if is_torch(source) else np.asarray(source)
+        self.source: Any = source if is_torch(source) else np.asarray(source)
         self.capture = Capture(self.source, class_of(self.source, name), self.source.shape, name)
         self._numpy: np.ndarray | None = None
         self._tensors: dict[Any, Any] = {}
@@ -325,8 +325,8 @@ class Array:
     def tensor(self, device: Any) -> Any:
         """The values as a torch tensor on a device: the captured tensor itself where it is one."""
         torch = sys.modules["torch"]
-        if is_torch(self.source) and self.source.device == device:
-            return self.source
+        if is_torch(self.source) and (self.source.device == device or self.source.is_meta):
+            return self.source  # (a meta tensor stands for one on the device: tilewise.torch.expr.compiled)
         if is_torch(self.source):
             return self.source.to(device)  # a copy that gradients flow through
         if device not in self._tensors:

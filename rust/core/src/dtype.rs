@@ -81,6 +81,8 @@ pub trait Float: Element {
     fn widen(self) -> Self::Acc;
     /// Rounding to nearest even.
     fn narrow(value: Self::Acc) -> Self;
+    /// Whether all bits of the exponent are set: infinite, or NaN.
+    fn is_special(self) -> bool;
 }
 
 /// Accumulator types.
@@ -109,7 +111,7 @@ pub trait Real:
 }
 
 macro_rules! float {
-    ($t:ty, $acc:ty, |$x:ident| $widen:expr, |$y:ident| $narrow:expr) => {
+    ($t:ty, $acc:ty, $exponent:literal, |$x:ident| $widen:expr, |$y:ident| $narrow:expr) => {
         impl Float for $t {
             type Acc = $acc;
             #[inline(always)]
@@ -121,13 +123,17 @@ macro_rules! float {
             fn narrow($y: $acc) -> Self {
                 $narrow
             }
+            #[inline(always)]
+            fn is_special(self) -> bool {
+                self.to_bits() & $exponent == $exponent
+            }
         }
     };
 }
-float!(f32, f32, |x| x, |y| y);
-float!(f64, f64, |x| x, |y| y);
-float!(f16, f32, |x| x.to_f32(), |y| f16::from_f32(y));
-float!(bf16, f32, |x| f32::from_bits((x.to_bits() as u32) << 16), |y| bf16::from_f32(y));
+float!(f32, f32, 0x7f80_0000, |x| x, |y| y);
+float!(f64, f64, 0x7ff0_0000_0000_0000, |x| x, |y| y);
+float!(f16, f32, 0x7c00, |x| x.to_f32(), |y| f16::from_f32(y));
+float!(bf16, f32, 0x7f80, |x| f32::from_bits((x.to_bits() as u32) << 16), |y| bf16::from_f32(y));
 
 macro_rules! real {
     ($t:ty) => {

@@ -477,7 +477,20 @@ impl<'a> ArrayMut<'a> {
         let per_row = width.div_ceil(length).max(1);
         let count = self.shape[..lead].iter().product::<usize>() * per_row;
         let claimed = (0..count).map(|_| AtomicBool::new(false)).collect();
+        // Where all rows lie evenly spaced, a row is found without divisions.
+        let mut even = Some(1);
+        let mut inner: Option<(usize, isize)> = None;
+        for (&extent, &stride) in self.shape[..lead].iter().zip(&self.strides).rev().filter(|(extent, _)| **extent != 1)
+        {
+            match inner {
+                None => even = Some(stride),
+                Some((within, apart)) if stride != within as isize * apart => even = None,
+                Some(_) => {}
+            }
+            inner = Some((extent, stride));
+        }
         Rows {
+            even,
             data: self.data.cast(),
             shape: self.shape[..lead].to_vec(),
             strides: self.strides[..lead].to_vec(),
@@ -499,6 +512,8 @@ pub struct Rows<'a, T> {
     width: usize,
     length: usize,
     per_row: usize,
+    /// Distance between rows, where it is one.
+    even: Option<isize>,
     claimed: Vec<AtomicBool>,
     marker: PhantomData<&'a mut T>,
 }
@@ -540,11 +555,19 @@ impl<'a, T: Element> Rows<'a, T> {
     /// If the row is outside or was taken before: that would be a bug in a schedule, not bad input.
     pub fn take(&self, index: usize) -> &'a mut [T] {
         assert!(!self.claimed[index].swap(true, Ordering::Relaxed), "output row {index} taken twice");
-        let start = index % self.per_row * self.length;
-        let (mut rest, mut offset) = (index / self.per_row, start as isize);
-        for (&extent, &stride) in self.shape.iter().zip(&self.strides).rev() {
-            offset += (rest % extent) as isize * stride;
-            rest /= extent;
+        let (row, start) = match self.per_row {
+            1 => (index, 0),
+            count => (index / count, index % count * self.length),
+        };
+        let mut offset = start as isize;
+        if let Some(stride) = self.even {
+            offset += row as isize * stride;
+        } else {
+            let mut rest = row;
+            for (&extent, &stride) in self.shape.iter().zip(&self.strides).rev() {
+                offset += (rest % extent) as isize * stride;
+                rest /= extent;
+            }
         }
         // SAFETY: the row lies inside the view, rows do not overlap, and the flag above makes this the only
         // reference to it that will ever be handed out.

@@ -2,9 +2,11 @@
 
 use crate::arrays::{Held, hold, hold_optional};
 use crate::door::{enter, to_python};
+use crate::expr::{hold_captures, parsed};
 use pyo3::prelude::*;
 use tilewise_core::attention::backward::{Gradients, Upstream};
 use tilewise_core::attention::blocks::Lists;
+use tilewise_core::attention::mods::Mod;
 use tilewise_core::attention::problem::{Problem, Rules, THRESHOLD};
 use tilewise_core::view::{Array, ArrayMut};
 
@@ -31,6 +33,10 @@ struct RulesObject<'py> {
     block_table: Option<Bound<'py, PyAny>>,
     splits: usize,
     threshold: f64,
+    score_mod: Option<String>,
+    score_captures: Vec<Bound<'py, PyAny>>,
+    mask_mod: Option<String>,
+    mask_captures: Vec<Bound<'py, PyAny>>,
 }
 
 /// The arrays of [`RulesObject`], held for the length of a call.
@@ -42,6 +48,15 @@ struct HeldRules<'py> {
     lists: [Option<Held<'py>>; 4],
     sequences: Option<Held<'py>>,
     table: Option<Held<'py>>,
+    score_captures: Vec<Held<'py>>,
+    mask_captures: Vec<Held<'py>>,
+}
+
+/// A program and its captures. Programs are parsed once per text.
+fn program<'h>(py: Python<'_>, text: Option<&str>, captures: &'h [Held<'_>]) -> PyResult<Option<Mod<'h>>> {
+    let Some(text) = text else { return Ok(None) };
+    let program = parsed(py, text)?;
+    Ok(Some(Mod { program, captures: captures.iter().map(Held::array).collect::<PyResult<_>>()? }))
 }
 
 fn optional<'h>(held: &'h Option<Held<'_>>) -> PyResult<Option<Array<'h>>> {
@@ -63,11 +78,13 @@ impl<'py> HeldRules<'py> {
             ],
             sequences: hold_optional("sequences", plain.sequences.as_ref())?,
             table: hold_optional("block_table", plain.block_table.as_ref())?,
+            score_captures: hold_captures(&plain.score_captures)?,
+            mask_captures: hold_captures(&plain.mask_captures)?,
             plain,
         })
     }
 
-    fn rules(&self) -> PyResult<Rules<'_>> {
+    fn rules(&self, py: Python<'_>) -> PyResult<Rules<'_>> {
         let plain = &self.plain;
         let [num, indices, full_num, full_indices] = &self.lists;
         let full = optional(full_num)?.zip(optional(full_indices)?);
@@ -87,6 +104,8 @@ impl<'py> HeldRules<'py> {
             block_indices: optional(&self.block_indices)?,
             block_size: plain.block_size,
             lists,
+            score_mod: program(py, plain.score_mod.as_deref(), &self.score_captures)?,
+            mask_mod: program(py, plain.mask_mod.as_deref(), &self.mask_captures)?,
             sinks: optional(&self.sinks)?,
             dropout: plain.dropout,
             seed: plain.seed,
@@ -103,7 +122,7 @@ fn problem<'a>(
     [query, key, value]: [&'a Held<'_>; 3],
     rules: &'a HeldRules<'_>,
 ) -> PyResult<Problem<'a>> {
-    Problem::new(query.array()?, key.array()?, value.array()?, rules.rules()?).map_err(|error| to_python(py, &error))
+    Problem::new(query.array()?, key.array()?, value.array()?, rules.rules(py)?).map_err(|error| to_python(py, &error))
 }
 
 /// Forward attention into `out` and `lse`.

@@ -126,16 +126,10 @@ def create_block_mask(
     where = _default_device() if device is None else torch.device(device)
     mod = trace(mask_mod, "mask", device=where)
     arrays = fill_blocks(_on_cpu(mod), B, H, Q_LEN, KV_LEN, size, separate_full_blocks)
-    tensors = [_expanded(array, where) for array in arrays]
+    tensors = [torch.from_numpy(array).to(where).expand(B, H, *array.shape[2:]) for array in arrays]
     mask = BlockMask((Q_LEN, KV_LEN), *tensors, BLOCK_SIZE=size, mask_mod=mask_mod)
     mask._mod = mod
     return mask
-
-
-def _expanded(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A broadcast array as an expanded tensor."""
-    once = array[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides[:2])]
-    return torch.from_numpy(np.ascontiguousarray(once)).to(device).expand(array.shape)
 
 
 def create_mask(
@@ -189,15 +183,10 @@ def coerce(mask: Any) -> BlockMask | None:
         return mask
     if isinstance(mask, numpy_blocks.BlockMask):
         fields = [getattr(mask, name) for name in mask._FIELDS[:4]]
-        tensors = [None if array is None else torch.from_numpy(np.ascontiguousarray(array)) for array in fields]
+        tensors = [None if array is None else torch.from_numpy(np.array(array)) for array in fields]
         result = BlockMask(mask.seq_lengths, *tensors, BLOCK_SIZE=mask.BLOCK_SIZE, mask_mod=mask.mask_mod)
-        if mask._mod is not None:
-            result._mod = Mod(
-                "mask",
-                mask._mod.program,
-                tuple(torch.as_tensor(np.asarray(one)) for one in mask._mod.captures),
-                mask._mod.names,
-            )
+        mod = mask.mod
+        result._mod = Mod("mask", mod.program, tuple(torch.as_tensor(one) for one in mod.captures), mod.names)
         return result
     theirs = sys.modules.get("torch.nn.attention.flex_attention")
     if theirs is not None and isinstance(mask, theirs.BlockMask):

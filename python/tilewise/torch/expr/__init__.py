@@ -6,7 +6,8 @@ users get from :func:`tilewise.expr.trace`.
 
 * :mod:`~tilewise.torch.expr.symbol`: tensors without data, and the function mode around a trace;
 * :mod:`~tilewise.torch.expr.aten`: operators as nodes; :mod:`~tilewise.torch.expr.indexing`: ``table[b, q - k]``;
-* :mod:`~tilewise.torch.expr.cache`: which traces may be used again.
+* :mod:`~tilewise.torch.expr.cache`: which traces may be used again;
+* :mod:`~tilewise.torch.expr.compiled`: ``program_and_captures``, which also works inside torch.compile.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tilewise.expr.text import ARGUMENTS
 from tilewise.torch.expr import cache
 from tilewise.torch.expr.symbol import Recorder, SymbolTensor, box, elements
 
-__all__ = ["Mod", "trace"]
+__all__ = ["Mod", "program_and_captures", "record", "trace"]
 
 _CPU = torch.device("cpu")
 
@@ -76,14 +77,21 @@ def trace(
             return found
     kind = kind_of(function, kind)
     reads = symbols.reads
-    recorder = Recorder(seen.names, where)
-    with recorder:
-        mod = finish(kind, _run(function, kind, where))
+    mod, recorder = record(function, kind, where, seen.names)
     if seen.key is not None and recorder.cacheable and symbols.reads == reads:
         # Arrays make their tensors while the function runs.
         after = cache.look_at(function)
         cache.remember(after._replace(key=seen.key), mod, recorder.constants)
     return mod
+
+
+def record(
+    function: Callable[..., Any], kind: str, device: torch.device, names: dict[int, str]
+) -> tuple[Mod, Recorder]:
+    """One trace, and what was noted on the way; `names` of tensors by id, for messages."""
+    recorder = Recorder(names, device)
+    with recorder:
+        return finish(kind, _run(function, kind, device)), recorder
 
 
 def _run(function: Callable[..., Any], kind: str, device: torch.device) -> nodes.Node:
@@ -112,3 +120,6 @@ def _run(function: Callable[..., Any], kind: str, device: torch.device) -> nodes
             f"{name} returned a tensor {list(returned.shape)}; expected one number: index every axis of its captures"
         )
     return elements(returned).reshape(-1)[0]
+
+
+from tilewise.torch.expr.compiled import program_and_captures  # noqa: E402  (it calls what is above)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tilewise.errors import TilewiseError, UnsupportedError
+from tilewise.errors import UnsupportedError
 from tilewise.expr import nodes
 from tilewise.expr.nodes import Node
 from tilewise.torch.expr.indexing import gather_tensor
@@ -34,8 +34,7 @@ _INSTEAD = {
     "softmax": "the attention applies the softmax itself; a mod changes one score",
     "sort": "compute the order before, capture it, and index it",
     "topk": "compute the selection before, capture it as a table, and index it",
-    "rand": "a mod is a function of its arguments; for dropout use the attention's own dropout probability",
-    "dropout": "use the attention's own dropout probability",
+    "empty": "an empty tensor has no values; write zeros, or compute them",
     "nonzero": "a mod computes one element; write a condition and torch.where",
     "is_nonzero": "write & for and, | for or, torch.where for if",
     "_local_scalar_dense": "keep computing with tensors; a symbol has no Python value",
@@ -61,22 +60,17 @@ def _in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise UnsupportedError(f"{name}_ writes into a tensor with axes; write x = x + y for x += y{where_from()}")
     if not torch.can_cast(result.dtype, target.dtype):
         raise UnsupportedError(
-            f"`{result.values.item()!r}` is {result.dtype} and cannot be written into {target.dtype}; "
+            f"`{result.graph.item()!r}` is {result.dtype} and cannot be written into {target.dtype}; "
             f"write x = x + y for x += y{where_from()}"
         )
-    target.values = box(nodes.cast(result.values.item(), class_of_dtype(target.dtype)))
+    target.graph = box(nodes.cast(result.graph.item(), class_of_dtype(target.dtype)))
     return target
 
 
 def _apply(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     rule = TABLE[name]
     out = func(*_on_meta(args), **_on_meta_keywords(kwargs))
-    try:
-        values = rule(*args, **kwargs, out=out)
-    except TilewiseError as error:
-        if "\n  in " in str(error):
-            raise
-        raise type(error)(f"{error}{where_from()}") from None
+    values = rule(*args, **kwargs, out=out)
     if not isinstance(out, torch.Tensor):  # several results: unbind, split, chunk
         return [_finish(x, one, name) for x, one in zip(values, out, strict=True)]
     return _finish(values, out, name)
@@ -125,22 +119,25 @@ def _on_meta_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decompose(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    result = func.decompose(*args, **kwargs)
-    if result is not NotImplemented:
-        return result
-    from torch._decomp import decomposition_table  # heavy, and hardly ever needed
+    if not any(word in str(func) for word in _INSTEAD):  # what looks at values would not end well
+        result = func.decompose(*args, **kwargs)
+        if result is NotImplemented:
+            from torch._decomp import decomposition_table  # heavy, and hardly ever needed
 
-    rule = decomposition_table.get(func)
-    # What looks at values or reduces a whole tensor would not end well.
-    if rule is not None and not any(word in str(func) for word in _INSTEAD):
-        return rule(*args, **kwargs)
+            rule = decomposition_table.get(func)
+            result = NotImplemented if rule is None else rule(*args, **kwargs)
+        # A tensor with values is none that was made of the symbols.
+        if result is not NotImplemented and not (
+            isinstance(result, torch.Tensor) and not isinstance(result, SymbolTensor)
+        ):
+            return result
     raise _unsupported(func, args)
 
 
 def _unsupported(func: Any, args: tuple[Any, ...]) -> UnsupportedError:
     def shown(value: Any) -> str:
         if isinstance(value, SymbolTensor):
-            return repr(value.values.flat[0]) if not value.values.ndim else f"tensor{list(value.shape)}"
+            return repr(value.graph.flat[0]) if not value.graph.ndim else f"tensor{list(value.shape)}"
         if isinstance(value, torch.Tensor):
             return current().names.get(id(value), f"tensor{list(value.shape)}")
         return repr(value)
@@ -481,7 +478,7 @@ def _reduce(function: Callable[[Node, Node], Node], empty: Any) -> Rule:
             row = list(rows[place])
             if not row and empty is None:
                 raise UnsupportedError("a reduction of no elements has no value")
-            result[place] = reduce(function, row) if row else nodes.fill(empty, class_of_dtype(out.dtype))
+            result[place] = reduce(function, row) if row else nodes.fill(empty or 0, class_of_dtype(out.dtype))
         return result.reshape(tuple(out.shape))
 
     return rule

@@ -20,7 +20,7 @@ import torch
 
 from tilewise.expr import Array, Mod
 
-__all__ = ["Seen", "clear", "look_at", "remember", "remembered"]
+__all__ = ["Seen", "clear", "global_names", "look_at", "remember", "remembered"]
 
 _LIMIT = 512
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
@@ -61,7 +61,7 @@ def _function(function: Any, seen: Seen, depth: int) -> Any:
     if depth > 8:
         return None
     if isinstance(function, functools.partial):
-        parts = [_function(function.func, seen, depth + 1)]
+        parts: list[Any] = [_function(function.func, seen, depth + 1)]
         parts += [_leaf("argument", value, seen, depth) for value in function.args]
         parts += [(name, _leaf(name, value, seen, depth)) for name, value in sorted(function.keywords.items())]
         if any(part is None or (isinstance(part, tuple) and part[-1] is None) for part in parts):
@@ -70,7 +70,7 @@ def _function(function: Any, seen: Seen, depth: int) -> Any:
     if not isinstance(function, types.FunctionType):
         return None
     code = function.__code__
-    parts = [code]
+    parts: list[Any] = [code]
     complete = True
     cells = function.__closure__ or ()
     try:
@@ -79,7 +79,7 @@ def _function(function: Any, seen: Seen, depth: int) -> Any:
         return None
     values += [("default", value) for value in function.__defaults__ or ()]
     values += [(name, value) for name, value in (function.__kwdefaults__ or {}).items()]
-    names = _global_names(code)
+    names = global_names(code)
     if names:
         scope = function.__globals__
         values += [(name, scope[name]) for name in names if name in scope]
@@ -94,12 +94,12 @@ def _function(function: Any, seen: Seen, depth: int) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _global_names(code: types.CodeType) -> tuple[str, ...]:
+def global_names(code: types.CodeType) -> tuple[str, ...]:
     """Names that the code and the functions written in it look up."""
     found = dict.fromkeys(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            found |= dict.fromkeys(_global_names(constant))
+            found |= dict.fromkeys(global_names(constant))
     return tuple(found)
 
 
@@ -122,6 +122,10 @@ def _leaf(name: str, value: Any, seen: Seen, depth: int) -> Any:
         return ("array", id(value))
     if isinstance(value, Mod):
         seen.alive.append(value)
+        for called, capture in zip(value.names, value.captures, strict=True):
+            if isinstance(capture, torch.Tensor):
+                seen.tensors[id(capture)] = capture
+                seen.names.setdefault(id(capture), called)
         return ("mod", id(value))
     if isinstance(value, types.FunctionType | functools.partial):
         home = (getattr(value, "__module__", None) or "").partition(".")[0]

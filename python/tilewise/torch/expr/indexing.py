@@ -28,7 +28,7 @@ def getitem(tensor: torch.Tensor, index: Any) -> torch.Tensor:
     shape = tuple(tensor.shape)
     items = _expand(items, len(shape))
     if isinstance(tensor, SymbolTensor) and not any(isinstance(x, SymbolTensor) for x in items):
-        return _wrap(tensor.values[tuple(_static(x) for x in items)], tensor.dtype, tensor.device)
+        return _wrap(tensor.graph[tuple(_static(x) for x in items)], tensor.dtype, tensor.device)
     # Output axes: one for each slice and None, and one group for all indices given as tensors.
     axes: list[tuple[str, Any, int]] = []  # (how, index, axis of the tensor)
     axis = 0
@@ -82,22 +82,22 @@ def getitem(tensor: torch.Tensor, index: Any) -> torch.Tensor:
 
 def gather_tensor(tensor: torch.Tensor, indices: list[np.ndarray], shape: tuple[int, ...]) -> torch.Tensor:
     """The elements of `tensor` at arrays of nodes (one for each axis, broadcast to `shape`)."""
-    indices = [np.broadcast_to(index, shape) for index in indices]
+    spread: list[Any] = [np.broadcast_to(index, shape) for index in indices]
     result = np.ndarray(shape, object)
     if isinstance(tensor, SymbolTensor):
         for place in np.ndindex(*shape):
-            result[place] = _choose(tensor.values, [index[place] for index in indices])
+            result[place] = _choose(tensor.graph, [index[place] for index in spread])
     else:
         capture = current().capture(tensor)
         for place in np.ndindex(*shape):
-            result[place] = nodes.gather(capture, [index[place] for index in indices])
+            result[place] = nodes.gather(capture, [index[place] for index in spread])
     return _wrap(result, tensor.dtype, current().device)
 
 
-def _choose(values: np.ndarray, indices: list[nodes.Node]) -> nodes.Node:
+def _choose(values: Any, indices: list[nodes.Node]) -> nodes.Node:
     """An element of a small array of nodes at an index that is a node: a chain of ``where``."""
     if not indices:
-        return values[()]
+        return values.item() if isinstance(values, np.ndarray) else values
     index, rest = indices[0], indices[1:]
     if index.op == "int":
         return _choose(values[index.value], rest)
@@ -138,7 +138,7 @@ def _index_nodes(item: Any, tensor: torch.Tensor) -> np.ndarray:
     if not isinstance(item, torch.Tensor):
         raise UnsupportedError(f"{type(item).__name__} is no index{where_from()}")
     if item.is_floating_point():
-        shown = item.values.flat[0] if isinstance(item, SymbolTensor) else item
+        shown = item.graph.flat[0] if isinstance(item, SymbolTensor) else item
         name = current().names.get(id(tensor), "a tensor")
         raise UnsupportedError(
             f"{name} is indexed by the float `{shown!r}`; cast it: x.long(), or divide by //{where_from()}"

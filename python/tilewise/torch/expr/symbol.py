@@ -14,6 +14,7 @@ from __future__ import annotations
 import linecache
 import math
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tilewise.errors import UnsupportedError
+from tilewise.errors import TilewiseError, UnsupportedError
 from tilewise.expr import nodes
 from tilewise.expr.nodes import Capture, Node
 from tilewise.expr.symbols import class_of, truth_error
@@ -34,8 +35,15 @@ LIMIT = 4096
 _CLASSES = {torch.bool: "bool"} | dict.fromkeys((torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8), "int")
 _HERE = (str(Path(__file__).resolve().parents[2]), str(Path(torch.__file__).resolve().parent))
 
-#: The recorder of the trace under way (a trace calls the user's function once, in one thread).
-_stack: list[Recorder] = []
+
+class _Stack(threading.local):
+    """The recorders of this thread's traces under way, the innermost last."""
+
+    def __init__(self) -> None:
+        self.recorders: list[Recorder] = []
+
+
+_stack = _Stack()
 
 
 def current() -> Recorder:
@@ -44,9 +52,9 @@ def current() -> Recorder:
     Raises:
         UnsupportedError: there is none: a symbol outlived its trace.
     """
-    if not _stack:
+    if not _stack.recorders:
         raise UnsupportedError("a symbol of a finished trace was used; a mod must not keep its arguments")
-    return _stack[-1]
+    return _stack.recorders[-1]
 
 
 def class_of_dtype(dtype: torch.dtype) -> str:
@@ -84,22 +92,22 @@ def box(node: Node) -> np.ndarray:
 class SymbolTensor(torch.Tensor):
     """A tensor whose elements are nodes; it has a shape and a type, and no data."""
 
-    values: np.ndarray
+    graph: np.ndarray
     meta: torch.Tensor
 
     @staticmethod
     def __new__(cls, values: np.ndarray, dtype: torch.dtype, device: torch.device) -> SymbolTensor:
         self = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=dtype, device=device)
-        self.values = values
+        self.graph = values
         self.meta = torch.empty(values.shape, dtype=dtype, device="meta")
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        if not self.values.ndim:
-            return f"SymbolTensor({self.values.item()!r})"
-        return f"SymbolTensor({list(self.values.shape)}: {self.values.flat[0]!r}, ...)" if self.values.size else "[]"
+        if not self.graph.ndim:
+            return f"SymbolTensor({self.graph.item()!r})"
+        return f"SymbolTensor({list(self.graph.shape)}: {self.graph.flat[0]!r}, ...)" if self.graph.size else "[]"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -118,6 +126,7 @@ _ABOUT = (
 )  # fmt: skip
 # Functions that make a tensor of Python numbers, the same one at each call.
 _CONSTANTS = ("tensor", "as_tensor", "scalar_tensor", "zeros", "ones", "full", "arange", "linspace", "eye")
+_RANDOM = ("dropout", "rand", "bernoulli", "multinomial", "normal_", "uniform_", "exponential_")
 
 
 class Recorder(TorchFunctionMode):
@@ -139,13 +148,13 @@ class Recorder(TorchFunctionMode):
         self.arguments: set[int] = set()
 
     def __enter__(self) -> Recorder:
-        _stack.append(self)
+        _stack.recorders.append(self)
         super().__enter__()
         return self
 
     def __exit__(self, *reason: Any) -> None:
         super().__exit__(*reason)
-        _stack.pop()
+        _stack.recorders.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -153,14 +162,24 @@ class Recorder(TorchFunctionMode):
         _collect(args, tensors)
         _collect(kwargs.values(), tensors)
         name = getattr(func, "__name__", "")
+        if name != "__rand__" and any(word in name for word in _RANDOM):
+            raise UnsupportedError(
+                f"{name} is random, and a mod is a function of its arguments; capture a table of random numbers, and "
+                f"for dropout use the attention's own dropout probability{where_from()}"
+            )
         if any(isinstance(x, SymbolTensor) for x in tensors):
-            if name == "__getitem__":
-                from tilewise.torch.expr.indexing import getitem
+            try:
+                if name == "__getitem__":
+                    from tilewise.torch.expr.indexing import getitem
 
-                return getitem(args[0], args[1])
-            self._refuse(name, func, tensors)
-            self.arguments = {id(x) for x in tensors}
-            return func(*args, **kwargs)
+                    return getitem(args[0], args[1])
+                self._refuse(name, func, tensors)
+                self.arguments = {id(x) for x in tensors}
+                return func(*args, **kwargs)
+            except TilewiseError as error:
+                if "\n  in " in str(error):
+                    raise
+                raise type(error)(f"{error}{where_from()}") from None
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor):
             self.keep.append(result)
@@ -174,11 +193,11 @@ class Recorder(TorchFunctionMode):
     def _refuse(name: str, func: Any, tensors: list[torch.Tensor]) -> None:
         if name in _TRUTHS:
             symbol = next(x for x in tensors if isinstance(x, SymbolTensor))
-            raise UnsupportedError(f"{truth_error(symbol.values.flat[0])}{where_from()}")
+            raise UnsupportedError(f"{truth_error(symbol.graph.flat[0])}{where_from()}")
         if name in _VALUES:
             symbol = next(x for x in tensors if isinstance(x, SymbolTensor))
             raise UnsupportedError(
-                f"`{symbol.values.flat[0]!r}` has no value while the function is traced, so {name}() of it has none; "
+                f"`{symbol.graph.flat[0]!r}` has no value while the function is traced, so {name}() of it has none; "
                 "keep computing with tensors (torch.exp for math.exp), and capture tables as torch tensors or by "
                 f"tilewise.expr.array(x){where_from()}"
             )
@@ -218,7 +237,7 @@ def elements(value: Any) -> np.ndarray:
         UnsupportedError: a tensor of more than :data:`LIMIT` elements.
     """
     if isinstance(value, SymbolTensor):
-        return value.values
+        return value.graph
     if isinstance(value, bool | int | float):
         return box(nodes.constant(value))
     if not isinstance(value, torch.Tensor):

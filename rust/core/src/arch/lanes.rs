@@ -33,6 +33,8 @@ pub struct Floats<T: 'static> {
     from_mask: unsafe fn(Operand<'_, Mask>, &mut [T]),
     to_i64: unsafe fn(Operand<'_, T>, &mut [i64]),
     read: unsafe fn(Dtype, *const u8, &[i64], &mut [T]),
+    read_line: unsafe fn(Dtype, *const u8, &[i32], i32, isize, &mut [T]) -> bool,
+    read_tile: unsafe fn(Dtype, *const u8, &[i64], &[i64], &mut [T]),
 }
 
 /// Operations on integers of one width.
@@ -45,6 +47,8 @@ pub struct Integers<I: 'static> {
     from_mask: unsafe fn(Operand<'_, Mask>, &mut [I]),
     offsets: unsafe fn(Operand<'_, I>, usize, isize, &mut [i64]) -> bool,
     read: unsafe fn(Dtype, *const u8, &[i64], &mut [I]),
+    read_line: unsafe fn(Dtype, *const u8, &[i32], i32, isize, &mut [I]) -> bool,
+    read_tile: unsafe fn(Dtype, *const u8, &[i64], &[i64], &mut [I]),
 }
 
 /// Operations on truth values, and what does not depend on a type.
@@ -54,6 +58,63 @@ pub struct Logic {
     spread: unsafe fn(&[Mask], usize, &mut [Mask]),
     widen: unsafe fn(Operand<'_, i32>, &mut [i64]),
     read: unsafe fn(*const u8, &[i64], &mut [Mask]),
+    read_line: unsafe fn(*const u8, &[i32], i32, isize, &mut [Mask]) -> bool,
+    read_tile: unsafe fn(*const u8, &[i64], &[i64], &mut [Mask]),
+}
+
+/// Where elements of one array are, as far as the indices along some of its axes say.
+#[derive(Debug, Clone, Default)]
+pub struct Addresses {
+    /// The array they were computed for: its extents and strides.
+    shape: Vec<usize>,
+    strides: Vec<isize>,
+    /// Which axes are known, one bit each.
+    axes: u32,
+    offsets: Vec<i64>,
+}
+
+impl Addresses {
+    /// Computes addresses from indices along some axes, `count` of them. Returns whether every index was inside (others
+    /// count as 0).
+    pub fn compute(&mut self, array: &Array<'_>, indices: &[(usize, Index<'_>)], count: usize) -> bool {
+        self.shape = array.shape().to_vec();
+        self.strides = array.strides().to_vec();
+        self.axes = 0;
+        self.offsets.clear();
+        self.offsets.resize(count, 0);
+        let mut inside = true;
+        for &(axis, index) in indices {
+            assert!(self.axes & (1 << axis) == 0, "an axis twice");
+            self.axes |= 1 << axis;
+            inside &= add_offsets(index, self.shape[axis], self.strides[axis], &mut self.offsets);
+        }
+        inside
+    }
+}
+
+/// The offsets of `rows` (from some row on) and of `lanes`, checked to fit the array and an output.
+fn complete<'s>(
+    array: &Array<'_>,
+    rows: &'s Addresses,
+    from: usize,
+    lanes: &'s Addresses,
+    count: usize,
+) -> (&'s [i64], &'s [i64]) {
+    for part in [rows, lanes] {
+        assert!(part.shape == array.shape() && part.strides == array.strides(), "addresses of another array");
+    }
+    let all = (1u64 << array.shape().len()) - 1;
+    assert!(rows.axes & lanes.axes == 0 && u64::from(rows.axes | lanes.axes) == all && !array.is_empty());
+    let width = lanes.offsets.len();
+    assert!(width > 0 && count.is_multiple_of(width));
+    (&rows.offsets[from..from + count / width], &lanes.offsets)
+}
+
+fn add_offsets(index: Index<'_>, extent: usize, stride: isize, offsets: &mut [i64]) -> bool {
+    match index {
+        Index::Short(index) => <i32 as IntegerLane>::integers().offsets(index, extent, stride, offsets),
+        Index::Long(index) => <i64 as IntegerLane>::integers().offsets(index, extent, stride, offsets),
+    }
 }
 
 fn fits<X>(operand: &Operand<'_, X>, count: usize) -> bool {
@@ -69,10 +130,7 @@ fn address(array: &Array<'_>, indices: &[Index<'_>], offsets: &mut [i64]) -> boo
     offsets.fill(0);
     let mut inside = true;
     for ((index, &extent), &stride) in indices.iter().zip(array.shape()).zip(array.strides()) {
-        inside &= match *index {
-            Index::Short(index) => <i32 as IntegerLane>::integers().offsets(index, extent, stride, offsets),
-            Index::Long(index) => <i64 as IntegerLane>::integers().offsets(index, extent, stride, offsets),
-        };
+        inside &= add_offsets(*index, extent, stride, offsets);
     }
     inside
 }
@@ -151,11 +209,27 @@ impl<T: Real> Floats<T> {
     /// Reads elements of a floating-point array; returns whether every index was inside (others read element 0).
     pub fn gather(&self, array: &Array<'_>, indices: &[Index<'_>], offsets: &mut [i64], out: &mut [T]) -> bool {
         assert!(matches!(array.dtype(), Dtype::F32 | Dtype::F64 | Dtype::F16 | Dtype::Bf16));
+        if let ([Index::Short(Operand::Slice(index))], Ok(extent)) = (indices, i32::try_from(array.len()))
+            && array.shape().len() == 1
+            && extent > 0
+        {
+            assert_eq!(index.len(), out.len());
+            // SAFETY: indices below the extent are elements; level as above.
+            return unsafe { (self.read_line)(array.dtype(), array.as_ptr(), index, extent, array.strides()[0], out) };
+        }
         let offsets = &mut offsets[..out.len()];
         let inside = address(array, indices, offsets);
         // SAFETY: every offset is the sum of indices inside their axes times the strides; level as above.
         unsafe { (self.read)(array.dtype(), array.as_ptr(), offsets, out) }
         inside
+    }
+
+    /// Reads `out[r][l]` from the sum of a row's and a lane's address.
+    pub fn gather_tile(&self, array: &Array<'_>, rows: &Addresses, from: usize, lanes: &Addresses, out: &mut [T]) {
+        assert!(matches!(array.dtype(), Dtype::F32 | Dtype::F64 | Dtype::F16 | Dtype::Bf16));
+        let (rows, lanes) = complete(array, rows, from, lanes, out.len());
+        // SAFETY: together the two know every axis, each with indices inside it; level as above.
+        unsafe { (self.read_tile)(array.dtype(), array.as_ptr(), rows, lanes, out) }
     }
 }
 
@@ -211,11 +285,27 @@ impl<I: IntegerLane> Integers<I> {
     /// Reads elements of an integer array; returns whether every index was inside (others read element 0).
     pub fn gather(&self, array: &Array<'_>, indices: &[Index<'_>], offsets: &mut [i64], out: &mut [I]) -> bool {
         assert!(matches!(array.dtype(), Dtype::I8 | Dtype::I32 | Dtype::I64));
+        if let ([Index::Short(Operand::Slice(index))], Ok(extent)) = (indices, i32::try_from(array.len()))
+            && array.shape().len() == 1
+            && extent > 0
+        {
+            assert_eq!(index.len(), out.len());
+            // SAFETY: indices below the extent are elements; level as above.
+            return unsafe { (self.read_line)(array.dtype(), array.as_ptr(), index, extent, array.strides()[0], out) };
+        }
         let offsets = &mut offsets[..out.len()];
         let inside = address(array, indices, offsets);
-        // SAFETY: as in `Floats::gather`.
+        // SAFETY: every offset is the sum of indices inside their axes times the strides; level as above.
         unsafe { (self.read)(array.dtype(), array.as_ptr(), offsets, out) }
         inside
+    }
+
+    /// Reads `out[r][l]` from the sum of a row's and a lane's address.
+    pub fn gather_tile(&self, array: &Array<'_>, rows: &Addresses, from: usize, lanes: &Addresses, out: &mut [I]) {
+        assert!(matches!(array.dtype(), Dtype::I8 | Dtype::I32 | Dtype::I64));
+        let (rows, lanes) = complete(array, rows, from, lanes, out.len());
+        // SAFETY: together the two know every axis, each with indices inside it; level as above.
+        unsafe { (self.read_tile)(array.dtype(), array.as_ptr(), rows, lanes, out) }
     }
 }
 
@@ -264,11 +354,27 @@ impl Logic {
     /// Reads elements of a boolean array; returns whether every index was inside (others read element 0).
     pub fn gather(&self, array: &Array<'_>, indices: &[Index<'_>], offsets: &mut [i64], out: &mut [Mask]) -> bool {
         assert!(array.dtype() == Dtype::Bool);
+        if let ([Index::Short(Operand::Slice(index))], Ok(extent)) = (indices, i32::try_from(array.len()))
+            && array.shape().len() == 1
+            && extent > 0
+        {
+            assert_eq!(index.len(), out.len());
+            // SAFETY: indices below the extent are elements; level as above.
+            return unsafe { (self.read_line)(array.as_ptr(), index, extent, array.strides()[0], out) };
+        }
         let offsets = &mut offsets[..out.len()];
         let inside = address(array, indices, offsets);
-        // SAFETY: as in `Floats::gather`.
+        // SAFETY: every offset is the sum of indices inside their axes times the strides; level as above.
         unsafe { (self.read)(array.as_ptr(), offsets, out) }
         inside
+    }
+
+    /// Reads `out[r][l]` from the sum of a row's and a lane's address.
+    pub fn gather_tile(&self, array: &Array<'_>, rows: &Addresses, from: usize, lanes: &Addresses, out: &mut [Mask]) {
+        assert!(array.dtype() == Dtype::Bool);
+        let (rows, lanes) = complete(array, rows, from, lanes, out.len());
+        // SAFETY: together the two know every axis, each with indices inside it; level as above.
+        unsafe { (self.read_tile)(array.as_ptr(), rows, lanes, out) }
     }
 
     /// Row-major offsets of index lists into extents; returns whether every index was inside (others count as 0).
@@ -276,10 +382,7 @@ impl Logic {
         offsets.fill(0);
         let (mut inside, mut stride) = (true, 1isize);
         for (index, &extent) in indices.iter().zip(extents).rev() {
-            inside &= match *index {
-                Index::Short(index) => <i32 as IntegerLane>::integers().offsets(index, extent, stride, offsets),
-                Index::Long(index) => <i64 as IntegerLane>::integers().offsets(index, extent, stride, offsets),
-            };
+            inside &= add_offsets(*index, extent, stride, offsets);
             stride *= extent as isize;
         }
         inside
@@ -358,8 +461,32 @@ macro_rules! floats {
                     }
                 }
             }
+            $(#[$gate])*
+            unsafe fn read_line(dtype: Dtype, from: *const u8, index: &[i32], extent: i32, stride: isize, out: &mut [$t]) -> bool {
+                // SAFETY: the caller guarantees the extent and the type.
+                unsafe {
+                    match dtype {
+                        Dtype::F32 => kernel::read_line(from.cast::<f32>(), index, extent, stride, out, |x| x as $t),
+                        Dtype::F64 => kernel::read_line(from.cast::<f64>(), index, extent, stride, out, |x| x as $t),
+                        Dtype::F16 => kernel::read_line(from.cast::<f16>(), index, extent, stride, out, |x| x.to_f32() as $t),
+                        _ => kernel::read_line(from.cast::<bf16>(), index, extent, stride, out, |x| x.to_f32() as $t),
+                    }
+                }
+            }
+            $(#[$gate])*
+            unsafe fn read_tile(dtype: Dtype, from: *const u8, rows: &[i64], lanes: &[i64], out: &mut [$t]) {
+                // SAFETY: the caller guarantees the offsets and the type.
+                unsafe {
+                    match dtype {
+                        Dtype::F32 => kernel::read_tile(from.cast::<f32>(), rows, lanes, out, |x| x as $t),
+                        Dtype::F64 => kernel::read_tile(from.cast::<f64>(), rows, lanes, out, |x| x as $t),
+                        Dtype::F16 => kernel::read_tile(from.cast::<f16>(), rows, lanes, out, |x| x.to_f32() as $t),
+                        _ => kernel::read_tile(from.cast::<bf16>(), rows, lanes, out, |x| x.to_f32() as $t),
+                    }
+                }
+            }
             pub static TABLE: Floats<$t> =
-                Floats { unary, binary, compare, select, blank, spread, from_i32, from_i64, from_mask, to_i64, read };
+                Floats { unary, binary, compare, select, blank, spread, from_i32, from_i64, from_mask, to_i64, read, read_line, read_tile };
         }
     };
 }
@@ -407,8 +534,30 @@ macro_rules! integers {
                     }
                 }
             }
+            $(#[$gate])*
+            unsafe fn read_line(dtype: Dtype, from: *const u8, index: &[i32], extent: i32, stride: isize, out: &mut [$t]) -> bool {
+                // SAFETY: the caller guarantees the extent and the type.
+                unsafe {
+                    match dtype {
+                        Dtype::I8 => kernel::read_line(from.cast::<i8>(), index, extent, stride, out, |x| x as $t),
+                        Dtype::I32 => kernel::read_line(from.cast::<i32>(), index, extent, stride, out, |x| x as $t),
+                        _ => kernel::read_line(from.cast::<i64>(), index, extent, stride, out, |x| x as $t),
+                    }
+                }
+            }
+            $(#[$gate])*
+            unsafe fn read_tile(dtype: Dtype, from: *const u8, rows: &[i64], lanes: &[i64], out: &mut [$t]) {
+                // SAFETY: the caller guarantees the offsets and the type.
+                unsafe {
+                    match dtype {
+                        Dtype::I8 => kernel::read_tile(from.cast::<i8>(), rows, lanes, out, |x| x as $t),
+                        Dtype::I32 => kernel::read_tile(from.cast::<i32>(), rows, lanes, out, |x| x as $t),
+                        _ => kernel::read_tile(from.cast::<i64>(), rows, lanes, out, |x| x as $t),
+                    }
+                }
+            }
             pub static TABLE: Integers<$t> =
-                Integers { unary, binary, compare, select, spread, from_mask, offsets, read };
+                Integers { unary, binary, compare, select, spread, from_mask, offsets, read, read_line, read_tile };
         }
     };
 }
@@ -438,7 +587,17 @@ macro_rules! logic {
                 // SAFETY: the caller guarantees the offsets and the type.
                 unsafe { kernel::read(from, offsets, out, |x| kernel::truth(x != 0)) }
             }
-            pub static TABLE: Logic = Logic { binary, select, spread, widen, read };
+            $(#[$gate])*
+            unsafe fn read_line(from: *const u8, index: &[i32], extent: i32, stride: isize, out: &mut [Mask]) -> bool {
+                // SAFETY: the caller guarantees the extent and the type.
+                unsafe { kernel::read_line(from, index, extent, stride, out, |x| kernel::truth(x != 0)) }
+            }
+            $(#[$gate])*
+            unsafe fn read_tile(from: *const u8, rows: &[i64], lanes: &[i64], out: &mut [Mask]) {
+                // SAFETY: the caller guarantees the offsets and the type.
+                unsafe { kernel::read_tile(from, rows, lanes, out, |x| kernel::truth(x != 0)) }
+            }
+            pub static TABLE: Logic = Logic { binary, select, spread, widen, read, read_line, read_tile };
         }
     };
 }

@@ -718,7 +718,7 @@ macro_rules! table {
             $(#[$gate])*
             unsafe fn softmax_entry(args: &softmax::Args<$t>) -> bool {
                 // SAFETY: as above.
-                unsafe { softmax::softmax::<V>(args, |args, lane, factor, reference| softmax::in_place::<V>(args, lane, factor, reference)) }
+                unsafe { softmax::softmax::<V>(args, |args, lane, factor, reference, large| softmax::in_place::<V>(args, lane, factor, reference, large)) }
             }
             $(#[$gate])*
             unsafe fn slopes_entry(args: &slopes::Args<$t>) {
@@ -828,7 +828,7 @@ macro_rules! half_table {
             $(#[$gate])*
             unsafe fn softmax_entry(args: &softmax::Args<f32>) -> bool {
                 // SAFETY: as above.
-                unsafe { softmax::softmax::<V>(args, |args, lane, factor, reference| softmax::to_pairs::<V>(args, lane, factor, reference)) }
+                unsafe { softmax::softmax::<V>(args, |args, lane, factor, reference, large| softmax::to_pairs::<V>(args, lane, factor, reference, large)) }
             }
             $(#[$gate])*
             unsafe fn slopes_entry(args: &slopes::Args<f32>, to: &slopes::Sealed) {

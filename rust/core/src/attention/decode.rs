@@ -17,6 +17,7 @@ use super::prefill::{exponent, scale};
 use super::problem::Problem;
 use super::schedule::{Schedule, Visit};
 use super::tile::{self, Tile};
+use crate::arch::lanes::FloatLane;
 use crate::arch::{Kernel, Online};
 use crate::dtype::Real;
 use crate::error::Result;
@@ -45,7 +46,7 @@ struct Partial<T> {
 /// Runs `groups`, each a tile of its own.
 pub fn run<'a, S: Arithmetic>(
     problem: &Problem<'a>,
-    mods: &Mods<'_, 'a, S::Acc>,
+    mods: &Mods<'a, S::Acc>,
     groups: &[(usize, usize)],
     out: &Rows<'_, S>,
     lse: &Rows<'_, S::Acc>,
@@ -68,7 +69,7 @@ pub fn run<'a, S: Arithmetic>(
     threads::for_each(
         tasks.len(),
         serial,
-        || Scratch::<S>::new(mods),
+        || Scratch::<'_, 'a, S>::new(mods),
         |number, scratch| {
             let task = &tasks[number];
             let own = task.tiles.clone();
@@ -121,21 +122,21 @@ fn tasks(problem: &Problem<'_>, tiles: &[Tile], schedules: &[Schedule<'_>]) -> V
 /// What all visits share.
 struct Stage<'s, 'p, 'a, T> {
     problem: &'p Problem<'a>,
-    mods: &'s Mods<'p, 'a, T>,
+    mods: &'s Mods<'a, T>,
     dropout: Option<Dropout>,
 }
 
 /// Buffers of one thread.
-struct Scratch<S: Arithmetic> {
+struct Scratch<'m, 'a, S: Arithmetic> {
     lines: Vec<S::Unit>,
     converted: Vec<S::Unit>,
     values: Vec<S::Acc>,
     scores: Vec<S::Acc>,
-    worker: Worker<S::Acc>,
+    worker: Worker<'m, 'a, S::Acc>,
 }
 
-impl<S: Arithmetic> Scratch<S> {
-    fn new(mods: &Mods<'_, '_, S::Acc>) -> Self {
+impl<'m, 'a, S: Arithmetic> Scratch<'m, 'a, S> {
+    fn new(mods: &'m Mods<'a, S::Acc>) -> Self {
         let (lines, converted, values, scores) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         Self { lines, converted, values, scores, worker: mods.worker() }
     }
@@ -146,7 +147,7 @@ fn one_visit<S: Arithmetic>(
     schedules: &[Schedule<'_>],
     tiles: &[Tile],
     visit: Visit,
-    scratch: &mut Scratch<S>,
+    scratch: &mut Scratch<'_, '_, S>,
 ) -> Vec<Partial<S::Acc>> {
     let (problem, size) = (stage.problem, stage.problem.size);
     let depth = S::units(size.head_dim);
@@ -208,13 +209,13 @@ fn one_visit<S: Arithmetic>(
 }
 
 /// Scores to weights, rows of `visit.len` keys. Also says which keys a row must not see, if there may be any.
-fn weigh<T: Kernel>(
+fn weigh<T: Kernel + FloatLane>(
     stage: &Stage<'_, '_, '_, T>,
     schedule: &Schedule<'_>,
     tile: &Tile,
     visit: Visit,
     scores: &mut [T],
-    worker: &mut Worker<T>,
+    worker: &mut Worker<'_, '_, T>,
 ) -> (Partial<T>, Vec<bool>) {
     let (problem, table) = (stage.problem, T::table());
     let keys = visit.start..visit.start + visit.len;
@@ -231,7 +232,7 @@ fn weigh<T: Kernel>(
     if visit.partial {
         schedule.mask(visit, scores, 1, visit.len, blank);
     }
-    if visit.program {
+    if visit.program.1 > 0 {
         worker.mask_rows(tile, keys.clone(), scores, visit.len, blank);
     }
     // Asked before the scores become weights.

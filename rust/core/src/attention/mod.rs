@@ -1,6 +1,7 @@
 //! Exact attention, forward: `O = softmax(scale * Q K^T, restricted to the kept keys) V`, with LSE.
 //!
-//! * [`problem`]: what is asked, validated: extents, types, which key each query may attend;
+//! * [`problem`]: what is asked, validated: extents, types, which key each query may attend; [`sequence`], [`blocks`],
+//!   [`mods`]: its parts;
 //! * [`schedule`]: for a tile of queries, the key ranges to visit and whether each needs a mask;
 //! * [`prefill`]: tiles of many queries (lanes over queries);
 //! * [`decode`]: few queries over many keys (split into chunks, bound by memory);
@@ -13,7 +14,7 @@ pub mod blocks;
 mod decode;
 mod dropout;
 mod finish;
-mod mods;
+pub mod mods;
 mod operands;
 mod prefill;
 pub mod problem;
@@ -70,7 +71,7 @@ fn typed<S: Arithmetic>(problem: &Problem<'_>, out: ArrayMut<'_>, lse: ArrayMut<
     if size.batch * size.query_heads * size.queries == 0 {
         return Ok(());
     }
-    let mods = Mods::<S::Acc>::bind(problem, false)?;
+    let mods = Mods::<S::Acc>::bind(problem, None)?;
     let lse = lse.segments::<S::Acc>(1);
     let out = out.rows::<S>();
     let few = |&(sequence, _): &(usize, usize)| problem.sequences[sequence].queries * problem.pack() <= FEW_ROWS;

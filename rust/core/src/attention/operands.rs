@@ -20,6 +20,7 @@ use crate::scratch::Buffer;
 use crate::threads;
 use crate::view::{Array, Matrix};
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Keys copied by one task: a multiple of every unit.
@@ -92,6 +93,8 @@ pub struct Operands<'p, 'a, S: Arithmetic> {
     value_lines: Option<Copied<S>>,
     key_stack: Option<Copied<S>>,
     value_stack: Option<Copied<S>>,
+    /// Whether all values of a (sequence, head) are finite; asked where keys can be hidden.
+    finite: Vec<bool>,
 }
 
 /// Whether rows can be read where they lie.
@@ -100,9 +103,10 @@ fn readable<S: Arithmetic>(matrix: Matrix<'_, S>) -> bool {
     S::borrow(matrix).is_some() && (distance == 0 || !distance.is_multiple_of(4096))
 }
 
-/// The sum of x * 0 is 0 for finite x alone; a reduction the compiler can vectorise.
+/// Whether nothing is infinite or NaN.
 pub fn all_finite<S: Float>(values: Matrix<'_, S>) -> bool {
-    let line = |row: &[S]| row.iter().fold(S::Acc::ZERO, |sum, x| sum + x.widen() * S::Acc::ZERO) == S::Acc::ZERO;
+    // No early end: a reduction the compiler can vectorise.
+    let line = |row: &[S]| !row.iter().fold(false, |any, x| any | x.is_special());
     (0..values.rows()).all(|i| match values.row(i) {
         Some(row) => line(row),
         None => (0..values.cols()).all(|j| line(&[values.at(i, j)])),
@@ -114,7 +118,7 @@ pub fn stack_finite<S: Arithmetic>(rows: Matrix<'_, S>, units: &mut [S::Unit]) {
     if all_finite(rows) {
         return S::stack(rows, units);
     }
-    let finite = |x: S| if x.widen().f64().is_finite() { x } else { S::narrow(S::Acc::ZERO) };
+    let finite = |x: S| if x.is_special() { S::narrow(S::Acc::ZERO) } else { x };
     let clean: Vec<S> =
         (0..rows.rows() * rows.cols()).map(|i| finite(rows.at(i / rows.cols(), i % rows.cols()))).collect();
     S::stack(Matrix::new(&clean, rows.rows(), rows.cols(), rows.cols()), units);
@@ -132,7 +136,39 @@ impl<'p, 'a, S: Arithmetic> Operands<'p, 'a, S> {
                 Self::unit_of(problem.accessor(&problem.value, sequence, head), row, units, S::stack);
             })?);
         }
-        Ok(Self { problem, key_lines, value_lines: None, key_stack: None, value_stack })
+        let finite = if problem.hides_keys() { Self::finite(problem, serial)? } else { Vec::new() };
+        Ok(Self { problem, key_lines, value_lines: None, key_stack: None, value_stack, finite })
+    }
+
+    fn finite(problem: &'p Problem<'a>, serial: bool) -> Result<Vec<bool>> {
+        let heads = problem.size.key_heads;
+        let flags: Vec<AtomicBool> = (0..problem.sequences.len() * heads).map(|_| AtomicBool::new(true)).collect();
+        let parts: Vec<(usize, Range<usize>)> = (0..flags.len())
+            .flat_map(|place| {
+                let keys = problem.sequences[place / heads].keys;
+                (0..keys).step_by(KEYS).map(move |start| (place, start..keys.min(start + KEYS)))
+            })
+            .collect();
+        threads::for_each(
+            parts.len(),
+            serial,
+            || (),
+            |task, ()| {
+                let (place, keys) = &parts[task];
+                let values = problem.accessor(&problem.value, place / heads, place % heads);
+                values.runs::<S>(keys.clone(), |_, run| {
+                    if !all_finite(run) {
+                        flags[*place].store(false, Ordering::Relaxed);
+                    }
+                });
+            },
+        )?;
+        Ok(flags.into_iter().map(AtomicBool::into_inner).collect())
+    }
+
+    /// Whether no value of the tile's head can poison a row that must not see it.
+    pub fn are_finite(&self, tile: &Tile) -> bool {
+        self.finite.get(self.place(tile)).is_none_or(|&finite| finite)
     }
 
     /// What the backward pass reads: lines of both, and stacked keys that are finite, as wide as whole registers.
@@ -151,6 +187,7 @@ impl<'p, 'a, S: Arithmetic> Operands<'p, 'a, S> {
             value_lines: Self::lines(problem, &problem.value, serial)?,
             key_stack: Some(key_stack),
             value_stack: None,
+            finite: Vec::new(),
         })
     }
 

@@ -41,14 +41,14 @@ const STEP: usize = 128;
 struct Stage<'s, 'p, 'a, S: Arithmetic> {
     problem: &'p Problem<'a>,
     operands: Operands<'p, 'a, S>,
-    mods: &'s Mods<'p, 'a, S::Acc>,
+    mods: &'s Mods<'a, S::Acc>,
     dropout: Option<Dropout>,
     out: &'s Rows<'s, S>,
     lse: &'s Rows<'s, S::Acc>,
 }
 
 /// Buffers of one thread.
-struct Scratch<S: Arithmetic> {
+struct Scratch<'m, 'a, S: Arithmetic> {
     lines: Vec<S::Unit>,
     panel: Vec<S::Unit>,
     scores: Vec<S::Acc>,
@@ -56,13 +56,13 @@ struct Scratch<S: Arithmetic> {
     sums: Vec<S::Acc>,
     wide: Vec<S::Acc>,
     state: Online<S::Acc>,
-    worker: Worker<S::Acc>,
+    worker: Worker<'m, 'a, S::Acc>,
 }
 
 /// Runs the tiles of `groups`.
 pub fn run<'a, S: Arithmetic>(
     problem: &Problem<'a>,
-    mods: &Mods<'_, 'a, S::Acc>,
+    mods: &Mods<'a, S::Acc>,
     groups: &[(usize, usize)],
     out: &Rows<'_, S>,
     lse: &Rows<'_, S::Acc>,
@@ -81,7 +81,7 @@ pub fn run<'a, S: Arithmetic>(
     let operands = Operands::<S>::forward(problem, serial)?;
     let width = tiles.iter().map(|tile| tile.count).max().unwrap_or(1).next_multiple_of(S::lanes());
     let stage = Stage { problem, operands, mods, dropout: Dropout::of(problem), out, lse };
-    let scratch = || Scratch::<S> {
+    let scratch = || Scratch::<'_, 'a, S> {
         lines: Vec::new(),
         panel: vec![S::Unit::default(); S::units(size.head_dim) * width],
         scores: vec![S::Acc::ZERO; STEP * width],
@@ -94,11 +94,12 @@ pub fn run<'a, S: Arithmetic>(
     threads::for_each(tiles.len(), serial, scratch, |task, scratch| one_tile(&stage, &tiles[task], scratch))
 }
 
-fn one_tile<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, scratch: &mut Scratch<S>) {
+fn one_tile<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, scratch: &mut Scratch<'_, '_, S>) {
     let (problem, table) = (stage.problem, S::Acc::table());
     let size = problem.size;
     let width = tile.count.next_multiple_of(S::lanes());
-    let schedule = Schedule::new(problem, tile, STEP, S::PER_UNIT, stage.mods.has_mask());
+    let mut schedule = Schedule::new(problem, tile, STEP, S::PER_UNIT, stage.mods.has_mask());
+    scratch.worker.prune(tile, &mut schedule.visits, S::PER_UNIT);
     {
         let Scratch { lines, panel, .. } = scratch;
         pack_queries::<S>(problem, tile, 0..tile.count, width, lines, panel);
@@ -110,6 +111,7 @@ fn one_tile<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, scratch: &
     let depth = S::units(size.head_dim);
     let queries = Matrix::new(&panel[..depth * width], depth, width, width);
     let factor = exponent::<S::Acc>(problem, stage.mods.has_score());
+    let finite = stage.operands.are_finite(tile);
     for &visit in &schedule.visits {
         let keys = visit.start..visit.start + visit.len;
         let scores = &mut scores[..visit.len * width];
@@ -121,8 +123,10 @@ fn one_tile<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, scratch: &
         if visit.partial {
             schedule.mask(visit, scores, width, 1, finish::blank(factor));
         }
-        if visit.program {
-            worker.mask(keys.clone(), scores, width, finish::blank(factor));
+        if visit.program.1 > 0 {
+            let (from, count) = visit.program;
+            let part = &mut scores[from * width..(from + count) * width];
+            worker.mask(visit.asked(), part, width, finish::blank(factor));
         }
         if let Some(dropout) = &stage.dropout {
             if table.softmax(scores, visit.len, width, factor, state) {
@@ -135,7 +139,7 @@ fn one_tile<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, scratch: &
         }
         let units = S::units(visit.len);
         let weights = S::weights(scores, weights, units * width);
-        if visit.is_masked() && !finite_values::<S>(problem, tile, visit) {
+        if visit.is_masked() && !finite && !finite_values::<S>(problem, tile, visit) {
             without_poison(stage, tile, visit, weights, width, sums);
         } else {
             S::tile(stage.operands.values(tile, keys), Matrix::new(weights, units, width, width), sums, width, true);
@@ -185,7 +189,7 @@ pub(super) fn pack_queries<S: Arithmetic>(
     S::pack(&sources[..lanes.len()], depth, width, panel);
 }
 
-fn write<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, width: usize, scratch: &mut Scratch<S>) {
+fn write<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, width: usize, scratch: &mut Scratch<'_, '_, S>) {
     let problem = stage.problem;
     let size = problem.size;
     let Scratch { sums, state, wide, .. } = scratch;
@@ -232,8 +236,8 @@ fn without_poison<S: Arithmetic>(
     let schedule = Schedule::new(problem, tile, STEP, S::PER_UNIT, stage.mods.has_mask());
     let mut kept = vec![S::Acc::ZERO; visit.len * width];
     schedule.mask(visit, &mut kept, width, 1, S::Acc::ONE);
-    if visit.program {
-        worker.mask(keys.clone(), &mut kept, width, S::Acc::ONE);
+    if visit.program.1 > 0 {
+        worker.mask(visit.asked(), &mut kept[visit.program.0 * width..], width, S::Acc::ONE);
     }
     let mut clean = Vec::with_capacity(visit.len * dim);
     tile.values(problem).runs::<S>(keys, |key, run| {
@@ -241,7 +245,7 @@ fn without_poison<S: Arithmetic>(
             let k = key + i - visit.start;
             for c in 0..dim {
                 let value = run.at(i, c);
-                let poison = !value.widen().f64().is_finite();
+                let poison = value.is_special();
                 clean.push(if poison { S::narrow(S::Acc::ZERO) } else { value });
                 for lane in 0..tile.count {
                     if poison && kept[k * width + lane] == S::Acc::ZERO {

@@ -1,6 +1,7 @@
 //! What is asked: arrays and rules, checked once.
 
 use super::blocks::{Blocks, Lists};
+use super::mods::Mod;
 use super::sequence::{self, Accessor, Pages, Sequence};
 use crate::dtype::{Dtype, Flag};
 use crate::error::{Error, Result};
@@ -52,6 +53,10 @@ pub struct Rules<'a> {
     pub block_size: usize,
     /// A block mask.
     pub lists: Option<Lists<'a>>,
+    /// What a score becomes.
+    pub score_mod: Option<Mod<'a>>,
+    /// Which keys a query attends; with a block mask asked in its partial blocks alone.
+    pub mask_mod: Option<Mod<'a>>,
     /// [query heads]: one more logit per head, without a value.
     pub sinks: Option<Array<'a>>,
     /// Probability with which a weight is dropped.
@@ -79,6 +84,8 @@ impl Default for Rules<'_> {
             block_indices: None,
             block_size: 0,
             lists: None,
+            score_mod: None,
+            mask_mod: None,
             sinks: None,
             dropout: 0.0,
             seed: 0,
@@ -182,9 +189,21 @@ impl<'a> Problem<'a> {
             size.keys = sequences.iter().map(|sequence| sequence.keys).max().unwrap_or(0);
         }
         check_rules(&rules, &size)?;
+        check_mods(&rules)?;
         let blocks = rules.lists.as_ref().map(|lists| Blocks::read(lists, &size, sequences.len())).transpose()?;
         let sinks = rules.sinks.as_ref().map(|sinks| read_sinks(sinks, query_heads)).transpose()?;
         Ok(Self { query, key, value, rules, sinks, sequences, pages, blocks, size, dtype })
+    }
+
+    /// Whether some query may not attend some key.
+    pub(crate) fn hides_keys(&self) -> bool {
+        let rules = &self.rules;
+        let bounds = rules.causal || rules.left.is_some() || rules.right.is_some();
+        bounds
+            || rules.mask.is_some()
+            || rules.block_indices.is_some()
+            || self.blocks.is_some()
+            || rules.mask_mod.is_some()
     }
 
     /// Query heads in a packed row group.
@@ -222,6 +241,18 @@ fn check_numbers(rules: &Rules<'_>) -> Result<()> {
     for (name, array) in [("mask", &rules.mask), ("block_indices", &rules.block_indices)] {
         if array.is_some() && placed {
             return Err(Error::value(name, "none beside sequences", "both").hint("write it as a mask_mod"));
+        }
+    }
+    Ok(())
+}
+
+fn check_mods(rules: &Rules<'_>) -> Result<()> {
+    for (name, program, mask) in [("score_mod", &rules.score_mod, false), ("mask_mod", &rules.mask_mod, true)] {
+        if let Some(program) = program
+            && program.program.is_mask() != mask
+        {
+            let (want, got) = if mask { ("a mask", "a score") } else { ("a score", "a mask") };
+            return Err(Error::value(name, format!("{want} program"), format!("{got} program")));
         }
     }
     Ok(())

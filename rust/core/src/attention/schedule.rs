@@ -16,14 +16,24 @@ pub struct Visit {
     pub len: usize,
     /// By the fixed rules, some row does not attend some key of it.
     pub partial: bool,
-    /// The mask program decides on it.
-    pub program: bool,
+    /// Keys of it that the mask program decides on: the first one's place, and how many.
+    pub program: (usize, usize),
 }
 
 impl Visit {
+    /// Its keys.
+    pub fn keys(&self) -> Range<usize> {
+        self.start..self.start + self.len
+    }
+
+    /// The keys that the mask program decides on.
+    pub fn asked(&self) -> Range<usize> {
+        self.start + self.program.0..self.start + self.program.0 + self.program.1
+    }
+
     /// Some row may not attend some key of it.
     pub fn is_masked(&self) -> bool {
-        self.partial || self.program
+        self.partial || self.program.1 > 0
     }
 }
 
@@ -149,7 +159,8 @@ impl<'a> Schedule<'a> {
         let mut start = (range.start / self.unit * self.unit).max(taken);
         let end = range.end.next_multiple_of(self.unit).min(self.keys);
         while start < end {
-            let mut visit = Visit { start, len: self.step.min(end - start), partial: false, program };
+            let len = self.step.min(end - start);
+            let mut visit = Visit { start, len, partial: false, program: (0, if program { len } else { 0 }) };
             start += visit.len;
             let (any, all) = self.survey(visit);
             visit.partial = !all;

@@ -2,6 +2,8 @@
 
 use super::bounds::{Region, Span, spans};
 use super::extremes::Extremes;
+use super::graph::Node;
+use super::lower::lowered;
 use super::plan::Plan;
 use super::program::{CaptureSpec, Program};
 use super::table::{Class, Op};
@@ -68,7 +70,11 @@ fn accepts(class: Class, dtype: Dtype) -> bool {
 fn check(name: &str, number: usize, spec: &CaptureSpec, array: &Array<'_>) -> Result<()> {
     let argument = format!("{name}, capture {number}");
     if array.shape().len() != spec.rank {
-        return Err(Error::shape(&argument, format!("rank {}, as the program was traced with", spec.rank), array.shape()));
+        return Err(Error::shape(
+            &argument,
+            format!("rank {}, as the program was traced with", spec.rank),
+            array.shape(),
+        ));
     }
     if accepts(spec.class, array.dtype()) {
         return Ok(());
@@ -114,7 +120,10 @@ impl<'a, T: FloatLane> Bound<'a, T> {
             keys: 0..extents.keys.max(1),
         };
         let mut all = Vec::new();
-        spans(bound.program.nodes(), &everything, |node, _| bound.whole(node.bits as usize), T::rounded, &mut all);
+        let gather = |bound: &Self, node: &Node| bound.whole(node.bits as usize);
+        spans(bound.program.nodes(), &everything, |node, _| gather(&bound, node), T::rounded, &mut all);
+        bound.program = lowered(&bound.program, &all, if size_of::<T>() == 4 { 1 << 24 } else { 1 << 53 });
+        spans(bound.program.nodes(), &everything, |node, _| gather(&bound, node), T::rounded, &mut all);
         bound.plan = Plan::new(&bound.program, &all);
         Ok(bound)
     }
@@ -140,7 +149,9 @@ impl<'a, T: FloatLane> Bound<'a, T> {
         match array.dtype() {
             Dtype::I8 => Span::Int { low: i64::from(i8::MIN), high: i64::from(i8::MAX) },
             Dtype::I32 => Span::Int { low: i64::from(i32::MIN), high: i64::from(i32::MAX) },
-            Dtype::I64 if array.len() <= SEARCHED => self.extremes(number).map_or(Span::all(Class::Int), Extremes::whole),
+            Dtype::I64 if array.len() <= SEARCHED => {
+                self.extremes(number).map_or(Span::all(Class::Int), Extremes::whole)
+            }
             _ => Span::all(self.program.captures()[number].class),
         }
     }

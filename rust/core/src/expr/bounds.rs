@@ -223,14 +223,16 @@ fn integers(op: Op, a: &[Span]) -> Span {
         Op::Mod if bh < 0 => Span::int(bl + 1, 0),
         Op::And if low >= 0 && low >> 63 == 0 && bl == bh && (bl + 1) & bl == 0 && bl >= 0 => {
             // A mask of low bits is a remainder.
-            if (low / (bl + 1)) == (high / (bl + 1)) {
-                Span::int(low & bl, high & bl)
-            } else {
-                Span::int(0, bl)
-            }
+            if (low / (bl + 1)) == (high / (bl + 1)) { Span::int(low & bl, high & bl) } else { Span::int(0, bl) }
         }
         Op::And if low >= 0 || bl >= 0 => {
-            let most = if low >= 0 && bl >= 0 { high.min(bh) } else if low >= 0 { high } else { bh };
+            let most = if low >= 0 && bl >= 0 {
+                high.min(bh)
+            } else if low >= 0 {
+                high
+            } else {
+                bh
+            };
             Span::int(0, most)
         }
         Op::Or | Op::Xor if low >= 0 && bl >= 0 => Span::int(0, all_bits(high.max(bh))),
@@ -298,11 +300,19 @@ fn floats(op: Op, a: &[Span], round: fn(f64) -> f64) -> Span {
         Op::Sub if finite => ends(low - bh, high - bl, maybe),
         Op::Mul if finite => {
             let all = [low * bl, low * bh, high * bl, high * bh];
-            ends(all.into_iter().fold(f64::INFINITY, f64::min), all.into_iter().fold(f64::NEG_INFINITY, f64::max), maybe)
+            ends(
+                all.into_iter().fold(f64::INFINITY, f64::min),
+                all.into_iter().fold(f64::NEG_INFINITY, f64::max),
+                maybe,
+            )
         }
         Op::Div if finite && (bl > 0.0 || bh < 0.0) => {
             let all = [low / bl, low / bh, high / bl, high / bh];
-            ends(all.into_iter().fold(f64::INFINITY, f64::min), all.into_iter().fold(f64::NEG_INFINITY, f64::max), maybe)
+            ends(
+                all.into_iter().fold(f64::INFINITY, f64::min),
+                all.into_iter().fold(f64::NEG_INFINITY, f64::max),
+                maybe,
+            )
         }
         Op::Mod if finite && bl > 0.0 => Float { low: 0.0, high: bh, nan: maybe },
         _ => all,
@@ -318,7 +328,9 @@ fn truths(op: Op, a: &[Span]) -> Span {
         return match (op, a[0]) {
             (Op::Not, Bool { no, yes }) => Bool { no: yes, yes: no },
             (_, Int { low, high }) => Bool { no: low <= 0 && high >= 0, yes: low != 0 || high != 0 },
-            (_, Float { low, high, nan }) => Bool { no: low <= 0.0 && high >= 0.0, yes: nan || low != 0.0 || high != 0.0 },
+            (_, Float { low, high, nan }) => {
+                Bool { no: low <= 0.0 && high >= 0.0, yes: nan || low != 0.0 || high != 0.0 }
+            }
             _ => Span::all(Class::Bool),
         };
     };

@@ -4,9 +4,11 @@
 //! * [`program`]: a checked program and its text, the one form in which a mod crosses languages; [`graph`]: its nodes;
 //! * `simplify`: the canonical form; `gradient`: reverse-mode derivative;
 //! * [`bounds`]: interval arithmetic over boxes of elements; `extremes`: what captures hold over ranges;
-//! * [`bind`]: a program with its captured arrays; [`plan`]: its steps, sorted by what they depend on;
+//! * [`bind`]: a program with its captured arrays; `lower`: rewrites that need extents; [`plan`]: steps, sorted by what
+//!   they depend on;
 //! * [`tile`]: the interpreter over blocks of elements;
 //! * [`verdict`]: whether a block of a mask is empty, full or partial;
+//! * [`grid`]: block masks, torch's lists of partial and full blocks, and their transposes;
 //! * [`dense`]: every element, for tests and for masks that are wanted whole.
 
 pub mod bind;
@@ -15,6 +17,8 @@ pub mod dense;
 mod extremes;
 mod gradient;
 pub mod graph;
+pub mod grid;
+mod lower;
 pub mod plan;
 pub mod program;
 mod simplify;

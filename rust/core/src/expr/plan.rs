@@ -21,6 +21,8 @@ pub enum File {
     Long,
     /// Truth values.
     Mask,
+    /// Where elements of captures are, as far as one side says.
+    Address,
 }
 
 /// A register.
@@ -87,6 +89,10 @@ pub enum What {
     Constant(Value),
     /// Reads a captured array.
     Gather(usize),
+    /// Computes addresses in a captured array from indices along some axes (one bit each).
+    Address(usize, u32),
+    /// Reads a captured array at the sums of addresses by query and by key.
+    GatherTile(usize),
     /// Widens 32-bit integers.
     Widen,
     /// Computes.
@@ -141,8 +147,10 @@ pub struct Plan {
     pub result: Option<Source>,
     /// What is added to gradients of captures.
     pub additions: Vec<Addition>,
+    /// Whether the last step by element makes the result and nothing else reads it: it may write where the result goes.
+    pub direct: bool,
     /// The rate of every slot, by file.
-    pub slots: [Vec<Rate>; 4],
+    pub slots: [Vec<Rate>; 5],
 }
 
 struct Compiler<'p> {
@@ -183,6 +191,12 @@ impl Plan {
         let mut plan = compiler.plan;
         (plan.result, plan.additions) = (Some(result), additions);
         plan.share_slots();
+        plan.direct = plan.additions.is_empty()
+            && plan.both.last().is_some_and(|step| {
+                Some(Source::Slice(step.to)) == plan.result
+                    && step.to.file == File::Float
+                    && !step.from.iter().any(|source| matches!(source, Source::Score | Source::Grad))
+            });
         plan
     }
 
@@ -291,6 +305,12 @@ impl Compiler<'_> {
             Class::Int if span.is_short() && !long => File::Short,
             Class::Int => File::Long,
         };
+        if node.op == Op::Gather
+            && rate == Rate::Both
+            && node.args.iter().all(|&arg| self.rate[arg as usize] != Rate::Both)
+        {
+            return self.gather_tile(id, file);
+        }
         let what = match node.op {
             Op::Batch | Op::Head | Op::Query | Op::Key => What::Leaf(node.op),
             Op::Gather => What::Gather(node.bits as usize),
@@ -302,6 +322,26 @@ impl Compiler<'_> {
         let to = self.slot(file, rate);
         self.emit(rate, Step { what, node: id as u32, to, from });
         self.source[id] = Some(if rate == Rate::Uniform { Source::Splat(to) } else { Source::Slice(to) });
+    }
+
+    /// A gather whose indices depend on one side each: addresses are computed once a side.
+    fn gather_tile(&mut self, id: usize, file: File) {
+        let node = &self.program.nodes()[id];
+        let capture = node.bits as usize;
+        let by_keys = |own: &Self, arg: u32| own.rate[arg as usize] == Rate::Keys;
+        let mut sides = Vec::new();
+        for (rate, keys) in [(Rate::Queries, false), (Rate::Keys, true)] {
+            let axes = node.args.iter().enumerate().filter(|&(_, &arg)| by_keys(self, arg) == keys);
+            let axes: Vec<(usize, u32)> = axes.map(|(axis, &arg)| (axis, arg)).collect();
+            let bits = axes.iter().fold(0, |bits, (axis, _)| bits | 1 << axis);
+            let from = axes.iter().map(|&(_, arg)| self.operand(arg, rate, false)).collect();
+            let to = self.slot(File::Address, rate);
+            self.emit(rate, Step { what: What::Address(capture, bits), node: id as u32, to, from });
+            sides.push(Source::Slice(to));
+        }
+        let to = self.slot(file, Rate::Both);
+        self.emit(Rate::Both, Step { what: What::GatherTile(capture), node: id as u32, to, from: sides });
+        self.source[id] = Some(Source::Slice(to));
     }
 
     /// A node as an operand of a step of some rate.

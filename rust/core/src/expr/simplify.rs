@@ -96,9 +96,10 @@ impl Rewriter {
         if self.digests.len() < self.graph.nodes.len() {
             let node = &self.graph.nodes[id as usize];
             let words = node.args.iter().map(|&arg| self.digests[arg as usize]);
-            let digest = [node.op as u64, node.bits].into_iter().chain(words).fold(0xcbf2_9ce4_8422_2325u64, |h, word| {
-                (h ^ word).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(29)
-            });
+            let digest =
+                [node.op as u64, node.bits].into_iter().chain(words).fold(0xcbf2_9ce4_8422_2325u64, |h, word| {
+                    (h ^ word).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(29)
+                });
             self.digests.push(digest);
         }
         id
@@ -212,7 +213,8 @@ impl Rewriter {
             Op::Add => {
                 let b = b?;
                 // x + -0 is x; x + 0 is x unless x is -0.
-                let zero = self.float(b).is_some_and(|y| y == 0.0 && (y.is_sign_negative() || self.never_minus_zero(a)));
+                let zero =
+                    self.float(b).is_some_and(|y| y == 0.0 && (y.is_sign_negative() || self.never_minus_zero(a)));
                 if zero {
                     return Some(a);
                 }
@@ -374,7 +376,9 @@ impl Rewriter {
             Op::And if known == Some(false) => b,
             Op::Or if known == Some(false) || Some(a) == b => Some(a),
             Op::Or if known == Some(true) => b,
-            Op::And | Op::Or if self.opposite(a, b?) => Some(self.constant(Value::Bool(node.op == Op::Or))),
+            Op::And | Op::Or if self.opposite(a, b?) || self.opposite(b?, a) => {
+                Some(self.constant(Value::Bool(node.op == Op::Or)))
+            }
             Op::Xor if known == Some(false) => Some(a),
             Op::Xor if known == Some(true) => Some(self.make(Op::Not, &[a])),
             Op::Xor if Some(a) == b => Some(self.constant(Value::Bool(false))),
@@ -383,8 +387,18 @@ impl Rewriter {
         }
     }
 
+    /// Whether one is true exactly where the other is false.
     fn opposite(&self, a: u32, b: u32) -> bool {
-        [(a, b), (b, a)].into_iter().any(|(a, b)| self.op(a) == Op::Not && self.arg(a, 0) == b)
+        let order = |a: u32, b: u32| {
+            let whole = self.op(a) == Op::Lt && self.class(self.arg(a, 0)) == Class::Int;
+            let turned = |b: u32| self.arg(a, 0) == self.arg(b, 1) && self.arg(a, 1) == self.arg(b, 0);
+            whole && self.op(b) == Op::Le && turned(b)
+        };
+        let equality = self.op(a) == Op::Eq
+            && self.op(b) == Op::Ne
+            && self.graph.nodes[a as usize].args == self.graph.nodes[b as usize].args;
+        let negation = self.op(a) == Op::Not && self.arg(a, 0) == b;
+        negation || equality || order(a, b)
     }
 
     /// `not a` without the `not`; comparisons of floats keep it, since NaN is neither.

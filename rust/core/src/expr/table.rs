@@ -474,13 +474,7 @@ pub static TABLE: &[Entry] = &[
         let doubled = g.scaled(x, 2.0);
         g.make(Op::Mul, &[grad, doubled])
     }),
-    Entry {
-        op: Op::Not,
-        name: "not",
-        signatures: &["b>b"],
-        meaning: |a| Value::Bool(!a[0].truth()),
-        derivative: none,
-    },
+    Entry { op: Op::Not, name: "not", signatures: &["b>b"], meaning: |a| Value::Bool(!a[0].truth()), derivative: none },
     Entry {
         op: Op::ToFloat,
         name: "to_float",
@@ -521,9 +515,7 @@ pub static TABLE: &[Entry] = &[
         name: "mul",
         signatures: &["ff>f", "ii>i"],
         meaning: |a| both!(a, i64::wrapping_mul, |a: f64, b: f64| a * b),
-        derivative: |g, c| {
-            vec![(0, g.make(Op::Mul, &[c.grad, c.args[1]])), (1, g.make(Op::Mul, &[c.grad, c.args[0]]))]
-        },
+        derivative: |g, c| vec![(0, g.make(Op::Mul, &[c.grad, c.args[1]])), (1, g.make(Op::Mul, &[c.grad, c.args[0]]))],
     },
     Entry {
         op: Op::Min,
@@ -611,21 +603,9 @@ pub static TABLE: &[Entry] = &[
         meaning: |a| Value::Int(if a[1].int() == 0 { 0 } else { a[0].int().wrapping_div(a[1].int()) }),
         derivative: none,
     },
-    Entry {
-        op: Op::And,
-        name: "and",
-        signatures: &["bb>b", "ii>i"],
-        meaning: |a| bits!(a, &),
-        derivative: none,
-    },
+    Entry { op: Op::And, name: "and", signatures: &["bb>b", "ii>i"], meaning: |a| bits!(a, &), derivative: none },
     Entry { op: Op::Or, name: "or", signatures: &["bb>b", "ii>i"], meaning: |a| bits!(a, |), derivative: none },
-    Entry {
-        op: Op::Xor,
-        name: "xor",
-        signatures: &["bb>b", "ii>i"],
-        meaning: |a| bits!(a, ^),
-        derivative: none,
-    },
+    Entry { op: Op::Xor, name: "xor", signatures: &["bb>b", "ii>i"], meaning: |a| bits!(a, ^), derivative: none },
     Entry {
         op: Op::Shl,
         name: "shl",
@@ -653,10 +633,7 @@ pub static TABLE: &[Entry] = &[
         meaning: |a| if a[0].truth() { a[1] } else { a[2] },
         derivative: |g, c| {
             let zero = g.float(0.0);
-            vec![
-                (1, g.make(Op::Where, &[c.args[0], c.grad, zero])),
-                (2, g.make(Op::Where, &[c.args[0], zero, c.grad])),
-            ]
+            vec![(1, g.make(Op::Where, &[c.args[0], c.grad, zero])), (2, g.make(Op::Where, &[c.args[0], zero, c.grad]))]
         },
     },
 ];

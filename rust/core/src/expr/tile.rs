@@ -12,10 +12,12 @@
 use super::bind::{Bound, Offence};
 use super::plan::{Addition, File, Rate, Slot, Source, Spread, Step, What};
 use super::table::{Op, Value};
-use crate::arch::lanes::{Binary, Compare, FloatLane, Index, IntegerLane, Logic, Mask, Operand, TRUE, Unary};
+use crate::arch::lanes::{
+    Addresses, Binary, Compare, FloatLane, Index, IntegerLane, Logic, Mask, Operand, TRUE, Unary,
+};
 use crate::view::ArrayMut;
 use std::mem::take;
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 
 /// Elements of a chunk.
 const CHUNK: usize = 512;
@@ -106,13 +108,46 @@ impl<T: FloatLane> CaptureGradient<T> {
     }
 }
 
+/// Values that start at a cache line, so that no vector of them straddles two.
+#[derive(Debug, Default)]
+struct Register<X> {
+    values: Vec<X>,
+    start: usize,
+}
+
+impl<X: Copy + Default> Register<X> {
+    /// Makes room for `count` values; what it held may be lost.
+    fn reserve(&mut self, count: usize) {
+        const LINE: usize = 64;
+        let spare = LINE / size_of::<X>();
+        if self.values.len() < count + spare {
+            self.values.resize(count + spare, X::default());
+            self.start = self.values.as_ptr().align_offset(LINE).min(spare);
+        }
+    }
+}
+
+impl<X> Deref for Register<X> {
+    type Target = [X];
+    fn deref(&self) -> &[X] {
+        &self.values[self.start..]
+    }
+}
+
+impl<X> DerefMut for Register<X> {
+    fn deref_mut(&mut self) -> &mut [X] {
+        &mut self.values[self.start..]
+    }
+}
+
 /// Registers.
 #[derive(Debug, Default)]
 struct Files<T> {
-    floats: Vec<Vec<T>>,
-    shorts: Vec<Vec<i32>>,
-    longs: Vec<Vec<i64>>,
-    masks: Vec<Vec<Mask>>,
+    floats: Vec<Register<T>>,
+    shorts: Vec<Register<i32>>,
+    longs: Vec<Register<i64>>,
+    masks: Vec<Register<Mask>>,
+    addresses: Vec<Addresses>,
     offsets: Vec<i64>,
 }
 
@@ -121,7 +156,11 @@ struct Files<T> {
 struct Elements<'e, T> {
     scores: &'e [T],
     grads: &'e [T],
+    /// The block's row at which the chunk begins.
+    row: usize,
 }
+
+const FILES: [File; 5] = [File::Float, File::Short, File::Long, File::Mask, File::Address];
 
 impl<T: FloatLane> Files<T> {
     fn float<'f>(&'f self, source: Source, count: usize, elements: Elements<'f, T>) -> Operand<'f, T> {
@@ -177,22 +216,18 @@ impl<T: FloatLane> Files<T> {
     }
 
     /// Makes room for `count` values in a slot.
-    fn reserve(&mut self, file: usize, index: usize, count: usize) {
-        fn grow<X: Copy + Default>(values: &mut Vec<X>, count: usize) {
-            if values.len() < count {
-                values.resize(count, X::default());
-            }
-        }
+    fn reserve(&mut self, file: File, index: usize, count: usize) {
         match file {
-            0 => grow(&mut self.floats[index], count),
-            1 => grow(&mut self.shorts[index], count),
-            2 => grow(&mut self.longs[index], count),
-            _ => grow(&mut self.masks[index], count),
+            File::Float => self.floats[index].reserve(count),
+            File::Short => self.shorts[index].reserve(count),
+            File::Long => self.longs[index].reserve(count),
+            File::Mask => self.masks[index].reserve(count),
+            File::Address => {}
         }
     }
 
     fn copy_lanes(&mut self, (from, to): Spread, width: usize, rows: usize) {
-        fn repeat<X: Copy>(values: &mut [Vec<X>], from: usize, to: usize, width: usize, rows: usize) {
+        fn repeat<X: Copy + Default>(values: &mut [Register<X>], from: usize, to: usize, width: usize, rows: usize) {
             let mut out = take(&mut values[to]);
             for row in out[..rows * width].chunks_exact_mut(width) {
                 row.copy_from_slice(&values[from][..width]);
@@ -204,6 +239,7 @@ impl<T: FloatLane> Files<T> {
             File::Short => repeat(&mut self.shorts, from.index, to.index, width, rows),
             File::Long => repeat(&mut self.longs, from.index, to.index, width, rows),
             File::Mask => repeat(&mut self.masks, from.index, to.index, width, rows),
+            File::Address => {}
         }
     }
 
@@ -230,6 +266,7 @@ impl<T: FloatLane> Files<T> {
                 Logic::table().spread(&self.masks[from.index][rows], width, &mut out[..count]);
                 self.masks[to.index] = out;
             }
+            File::Address => {}
         }
     }
 }
@@ -259,11 +296,12 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
     /// Registers for a program.
     pub fn new(bound: &'p Bound<'a, T>) -> Self {
         let mut files = Files::default();
-        let slots = &bound.plan.slots;
-        files.floats.resize(slots[File::Float as usize].len(), Vec::new());
-        files.shorts.resize(slots[File::Short as usize].len(), Vec::new());
-        files.longs.resize(slots[File::Long as usize].len(), Vec::new());
-        files.masks.resize(slots[File::Mask as usize].len(), Vec::new());
+        let count = |file: File| bound.plan.slots[file as usize].len();
+        files.floats.resize_with(count(File::Float), Register::default);
+        files.shorts.resize_with(count(File::Short), Register::default);
+        files.longs.resize_with(count(File::Long), Register::default);
+        files.masks.resize_with(count(File::Mask), Register::default);
+        files.addresses.resize_with(count(File::Address), Addresses::default);
         let numbers = [Vec::new(), Vec::new()];
         Self { bound, files, batch: 0, lanes: 0, lanes_are_keys: false, width: 0, ready: 0, numbers }
     }
@@ -292,7 +330,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
         let bound = self.bound;
         let plan = &bound.plan;
         let chunk = self.chunk_rows() * width;
-        for (file, rates) in plan.slots.iter().enumerate() {
+        for (file, rates) in FILES.into_iter().zip(&plan.slots) {
             for (index, &rate) in rates.iter().enumerate() {
                 let count = match rate {
                     Rate::Uniform => 1,
@@ -307,7 +345,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
             self.files.offsets.resize(chunk, 0);
         }
         let numbers = take(&mut self.numbers);
-        let nothing = Elements { scores: &[], grads: &[] };
+        let nothing = Elements { scores: &[], grads: &[], row: 0 };
         let side = if self.lanes_are_keys {
             Side::Keys(numbers[0][0]..numbers[0][0] + self.lanes)
         } else {
@@ -351,7 +389,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
         let bound = self.bound;
         let plan = &bound.plan;
         let row_rate = if self.lanes_are_keys { Rate::Queries } else { Rate::Keys };
-        for (file, rates) in plan.slots.iter().enumerate() {
+        for (file, rates) in FILES.into_iter().zip(&plan.slots) {
             for (index, _) in rates.iter().enumerate().filter(|&(_, &rate)| rate == row_rate) {
                 self.files.reserve(file, index, count);
             }
@@ -362,7 +400,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
         let (steps, spreads) =
             if self.lanes_are_keys { (&plan.queries, &plan.query_spreads) } else { (&plan.keys, &plan.key_spreads) };
         for step in steps {
-            self.step(step, rows, count, Valid { period: count, count }, Elements { scores: &[], grads: &[] });
+            self.step(step, rows, count, Valid { period: count, count }, Elements { scores: &[], grads: &[], row: 0 });
         }
         let at_once = self.chunk_rows();
         let mut first = 0;
@@ -373,12 +411,18 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
             }
             let elements = first * width..last * width;
             let (before, part) = (scores.map(|scores| &scores[elements.clone()]), &mut block[elements]);
-            for step in &plan.both {
+            let valid = Valid { period: width, count: self.lanes };
+            for (i, step) in plan.both.iter().enumerate() {
+                if plan.direct && i + 1 == plan.both.len() {
+                    let elements = Elements { scores: &[], grads: &[], row: first };
+                    self.float_step(step, valid, elements, part);
+                    break;
+                }
                 let elements = match before {
-                    Some(scores) => Elements { scores, grads: part },
-                    None => Elements { scores: part, grads: &[] },
+                    Some(scores) => Elements { scores, grads: part, row: first },
+                    None => Elements { scores: part, grads: &[], row: first },
                 };
-                self.step(step, rows, (last - first) * width, Valid { period: width, count: self.lanes }, elements);
+                self.step(step, rows, (last - first) * width, valid, elements);
             }
             if !body(self, before.unwrap_or(&[]), part) {
                 break;
@@ -401,6 +445,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
 
     fn write(&self, result: Source, part: &mut [T]) {
         match result {
+            Source::Slice(_) if self.bound.plan.direct => {}
             Source::Slice(slot) => part.copy_from_slice(&self.files.floats[slot.index][..part.len()]),
             Source::Splat(slot) => part.fill(self.files.floats[slot.index][0]),
             Source::Score | Source::Grad => {}
@@ -446,7 +491,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
         let plan = &bound.plan;
         let result = plan.result.unwrap_or(Source::Grad);
         self.chunks(&rows, width, Some(scores), grads, |own, scores, part| {
-            let elements = Elements { scores, grads: part };
+            let elements = Elements { scores, grads: part, row: 0 };
             for addition in &plan.additions {
                 if let Some(Some(gradient)) = captures.get_mut(addition.capture) {
                     own.add(addition, part.len(), elements, gradient);
@@ -466,7 +511,8 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
         let mut offsets = take(&mut self.files.offsets);
         let indices = self.files.indices(&addition.index, count);
         if !Logic::table().offsets(&gradient.shape, &indices, &mut offsets[..count]) {
-            self.blame(addition.node, addition.capture, &addition.index, count, Valid { period: width, count: lanes });
+            let index = addition.index.iter().copied().enumerate();
+            self.blame(addition.node, addition.capture, index, count, Valid { period: width, count: lanes });
         }
         let value = self.files.float(addition.value, count, elements);
         if !gradient.sums.is_empty() {
@@ -485,34 +531,56 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
     }
 
     /// Runs one step over `count` elements.
-    fn step(
-        &mut self,
-        step: &Step,
-        side: &Side<'_>,
-        count: usize,
-        valid: Valid,
-        elements: Elements<'_, T>,
-    ) {
+    fn step(&mut self, step: &Step, side: &Side<'_>, count: usize, valid: Valid, elements: Elements<'_, T>) {
         match step.to.file {
-            File::Float => self.float_step(step, count, valid, elements),
-            File::Short => self.short_step(step, side, count, valid),
+            File::Float => {
+                let mut values = take(&mut self.files.floats[step.to.index]);
+                self.float_step(step, valid, elements, &mut values[..count]);
+                self.files.floats[step.to.index] = values;
+            }
+            File::Address => self.address_step(step, count, valid),
+            File::Short => self.short_step(step, side, count, valid, elements),
             File::Long => self.long_step(step, side, count, valid, elements),
             File::Mask => self.mask_step(step, count, valid, elements),
         }
     }
 
-    fn float_step(
-        &mut self,
-        step: &Step,
-        count: usize,
-        valid: Valid,
-        elements: Elements<'_, T>,
-    ) {
-        let mut values = take(&mut self.files.floats[step.to.index]);
-        let out = &mut values[..count];
+    /// Addresses of one side.
+    fn address_step(&mut self, step: &Step, count: usize, valid: Valid) {
+        let What::Address(capture, axes) = step.what else { unreachable!("{:?} makes no address", step.what) };
+        let array = &self.bound.captures[capture];
+        let mut addresses = take(&mut self.files.addresses[step.to.index]);
+        let axes: Vec<usize> = (0..array.shape().len()).filter(|axis| axes >> axis & 1 == 1).collect();
+        let indices = axes.iter().copied().zip(self.files.indices(&step.from, count)).collect::<Vec<_>>();
+        if !addresses.compute(array, &indices, count) {
+            self.blame(step.node, capture, axes.into_iter().zip(step.from.iter().copied()), count, valid);
+        }
+        self.files.addresses[step.to.index] = addresses;
+    }
+
+    /// Row and lane addresses of a gather, and the row at which the chunk begins.
+    fn tile_addresses(&self, step: &Step) -> (&Addresses, &Addresses) {
+        let [Source::Slice(queries), Source::Slice(keys)] = step.from[..] else {
+            unreachable!("a gather by sides reads two addresses")
+        };
+        let (queries, keys) = (&self.files.addresses[queries.index], &self.files.addresses[keys.index]);
+        if self.lanes_are_keys { (queries, keys) } else { (keys, queries) }
+    }
+
+    fn float_step(&mut self, step: &Step, valid: Valid, elements: Elements<'_, T>, out: &mut [T]) {
+        let count = out.len();
         let (table, files, from) = (T::floats(), &self.files, &step.from);
         let float = |i: usize| files.float(from[i], count, elements);
         match step.what {
+            What::GatherTile(capture) => {
+                let array = &self.bound.captures[capture];
+                if array.is_empty() {
+                    out.fill(T::ZERO);
+                } else {
+                    let (rows, lanes) = self.tile_addresses(step);
+                    table.gather_tile(array, rows, elements.row, lanes, out);
+                }
+            }
             What::Constant(Value::Float(x)) => out.fill(T::of(x)),
             What::Gather(capture) => {
                 let mut offsets = take(&mut self.files.offsets);
@@ -526,7 +594,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
                 };
                 self.files.offsets = offsets;
                 if !inside {
-                    self.blame(step.node, capture, from, count, valid);
+                    self.blame(step.node, capture, from.iter().copied().enumerate(), count, valid);
                 }
             }
             What::Compute(Op::ToFloat) => match from[0].file() {
@@ -542,19 +610,27 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
             },
             other => unreachable!("{other:?} makes no float"),
         }
-        self.files.floats[step.to.index] = values;
     }
 
     fn leaf(&self, op: Op, side: &Side<'_>, i: usize) -> usize {
         if op == Op::Batch { self.batch } else { side.number(op, i) }
     }
 
-    fn short_step(&mut self, step: &Step, side: &Side<'_>, count: usize, valid: Valid) {
+    fn short_step(&mut self, step: &Step, side: &Side<'_>, count: usize, valid: Valid, elements: Elements<'_, T>) {
         let mut values = take(&mut self.files.shorts[step.to.index]);
         let out = &mut values[..count];
         let (table, from) = (i32::integers(), &step.from);
         match step.what {
             What::Leaf(op) => out.iter_mut().enumerate().for_each(|(i, x)| *x = self.leaf(op, side, i) as i32),
+            What::GatherTile(capture) => {
+                let array = &self.bound.captures[capture];
+                if array.is_empty() {
+                    out.fill(0);
+                } else {
+                    let (rows, lanes) = self.tile_addresses(step);
+                    table.gather_tile(array, rows, elements.row, lanes, out);
+                }
+            }
             What::Constant(Value::Int(x)) => out.fill(x as i32),
             What::Gather(capture) => {
                 let mut offsets = take(&mut self.files.offsets);
@@ -567,7 +643,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
                 };
                 self.files.offsets = offsets;
                 if !inside {
-                    self.blame(step.node, capture, from, count, valid);
+                    self.blame(step.node, capture, from.iter().copied().enumerate(), count, valid);
                 }
             }
             What::Compute(Op::ToInt) => table.from_mask(self.files.mask(from[0], count), out),
@@ -594,19 +670,21 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
         self.files.shorts[step.to.index] = values;
     }
 
-    fn long_step(
-        &mut self,
-        step: &Step,
-        side: &Side<'_>,
-        count: usize,
-        valid: Valid,
-        elements: Elements<'_, T>,
-    ) {
+    fn long_step(&mut self, step: &Step, side: &Side<'_>, count: usize, valid: Valid, elements: Elements<'_, T>) {
         let mut values = take(&mut self.files.longs[step.to.index]);
         let out = &mut values[..count];
         let (table, from) = (i64::integers(), &step.from);
         match step.what {
             What::Leaf(op) => out.iter_mut().enumerate().for_each(|(i, x)| *x = self.leaf(op, side, i) as i64),
+            What::GatherTile(capture) => {
+                let array = &self.bound.captures[capture];
+                if array.is_empty() {
+                    out.fill(0);
+                } else {
+                    let (rows, lanes) = self.tile_addresses(step);
+                    table.gather_tile(array, rows, elements.row, lanes, out);
+                }
+            }
             What::Constant(Value::Int(x)) => out.fill(x),
             What::Widen => Logic::table().widen(self.files.short(from[0], count), out),
             What::Gather(capture) => {
@@ -620,7 +698,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
                 };
                 self.files.offsets = offsets;
                 if !inside {
-                    self.blame(step.node, capture, from, count, valid);
+                    self.blame(step.node, capture, from.iter().copied().enumerate(), count, valid);
                 }
             }
             What::Compute(Op::ToInt) => match from[0].file() {
@@ -650,17 +728,20 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
         self.files.longs[step.to.index] = values;
     }
 
-    fn mask_step(
-        &mut self,
-        step: &Step,
-        count: usize,
-        valid: Valid,
-        elements: Elements<'_, T>,
-    ) {
+    fn mask_step(&mut self, step: &Step, count: usize, valid: Valid, elements: Elements<'_, T>) {
         let mut values = take(&mut self.files.masks[step.to.index]);
         let out = &mut values[..count];
         let (table, from) = (Logic::table(), &step.from);
         match step.what {
+            What::GatherTile(capture) => {
+                let array = &self.bound.captures[capture];
+                if array.is_empty() {
+                    out.fill(0);
+                } else {
+                    let (rows, lanes) = self.tile_addresses(step);
+                    table.gather_tile(array, rows, elements.row, lanes, out);
+                }
+            }
             What::Constant(Value::Bool(x)) => out.fill(if x { TRUE } else { 0 }),
             What::Gather(capture) => {
                 let mut offsets = take(&mut self.files.offsets);
@@ -673,7 +754,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
                 };
                 self.files.offsets = offsets;
                 if !inside {
-                    self.blame(step.node, capture, from, count, valid);
+                    self.blame(step.node, capture, from.iter().copied().enumerate(), count, valid);
                 }
             }
             What::Compute(op) => {
@@ -712,23 +793,26 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
         self.files.masks[step.to.index] = values;
     }
 
-    /// Looks for the first index that left its capture among the elements that count.
+    /// Looks for the first index that left its capture among the elements that count; `indices` are (axis, source).
     #[cold]
     fn blame(
         &self,
         node: u32,
         capture: usize,
-        indices: &[Source],
+        indices: impl Iterator<Item = (usize, Source)>,
         count: usize,
         valid: Valid,
     ) {
-        for i in (0..count).filter(|i| i % valid.period < valid.count) {
-            for (axis, (&source, &extent)) in indices.iter().zip(self.bound.captures[capture].shape()).enumerate() {
+        for (axis, source) in indices {
+            let extent = self.bound.captures[capture].shape()[axis];
+            let signed = extent as i64;
+            let outside = |&i: &usize| {
                 let index = self.files.integer(source, i);
-                let extent_signed = extent as i64;
-                if index >= extent_signed || index < -extent_signed {
-                    return self.bound.record(Offence { node, axis: Some((axis, extent)), capture, index });
-                }
+                i % valid.period < valid.count && (index >= signed || index < -signed)
+            };
+            if let Some(i) = (0..count).find(outside) {
+                let index = self.files.integer(source, i);
+                self.bound.record(Offence { node, axis: Some((axis, extent)), capture, index });
             }
         }
     }

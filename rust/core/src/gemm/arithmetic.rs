@@ -9,6 +9,7 @@
 //! | bf16 | two bf16 in 32 bits | f32 | dot-product unit, or two fused multiply-adds |
 //! | f16 | f32 (converted) | f32 | fused multiply-add |
 
+use crate::arch::lanes::FloatLane;
 use crate::arch::{Ahead, Kernel, Online, Round, Slopes, half_table};
 use crate::dtype::{Float, Real};
 use crate::scratch::Kept;
@@ -49,7 +50,7 @@ impl<'v, U: Copy> Views<'v, U> {
 }
 
 /// A source type with its way to multiply.
-pub trait Arithmetic: Round + Float<Acc: Kernel> {
+pub trait Arithmetic: Round + Float<Acc: Kernel + FloatLane> {
     /// What one step along the reduction reads.
     type Unit: Kept + Default + Sync;
     /// Elements in a unit.

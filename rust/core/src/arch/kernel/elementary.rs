@@ -220,7 +220,7 @@ impl Elementary for f32 {
         let f = x - (shifted - ROUND);
         let p = horner::<FUSED, 6>(
             f,
-            [1.547_636e-4, 1.340_035e-3, 9.618_004e-3, 0.055_503_275, 0.240_226_51, std::f32::consts::LN_2],
+            [1.547_636e-4, 1.340_035e-3, 9.618_004e-3, 0.055_503_275, 0.240_226_5, std::f32::consts::LN_2],
         );
         scaled(fma::<FUSED>(p, f, 1.0), low_bits(shifted))
     }
@@ -293,7 +293,7 @@ impl Elementary for f32 {
         let x = clamp(self, -9.02, 9.02);
         let s = x * x;
         let p = horner::<FUSED, 5>(s, [1.331_880_8e-8, 2.058_328_7e-5, 3.494_022_8e-3, 0.133_797_08, 1.0]);
-        let q = horner::<FUSED, 5>(s, [7.761_91e-7, 3.283_073_4e-4, 0.025_871_029, 0.467_130_24, 1.0]);
+        let q = horner::<FUSED, 5>(s, [7.761_91e-7, 3.283_073_4e-4, 0.025_871_03, 0.467_130_24, 1.0]);
         clamp(x * p / q, -1.0, 1.0)
     }
     /// 2 units; below e^-87 the result goes to 0 through the subnormal numbers.
@@ -315,7 +315,7 @@ impl Elementary for f32 {
                     -0.026_853_811,
                     0.112_835_85,
                     -0.376_126_26,
-                    1.128_379_2,
+                    std::f32::consts::FRAC_2_SQRT_PI,
                 ],
             );
         let t = 1.0 / fma::<FUSED>(size, SCALED_ERFC_GAIN as f32, 1.0);

@@ -464,3 +464,63 @@ pub(crate) unsafe fn read<S: Copy, X>(from: *const S, offsets: &[i64], out: &mut
         *x = convert(unsafe { *from.offset(offset as isize) });
     }
 }
+
+/// Reads `from[index * stride]`, each index wrapped once if negative; one that is outside reads element 0. Returns false
+/// if there was one.
+///
+/// # Safety
+/// Indices below `extent`, which is not 0, address readable elements.
+#[inline(always)]
+pub(crate) unsafe fn read_line<S: Copy, X>(
+    from: *const S,
+    index: &[i32],
+    extent: i32,
+    stride: isize,
+    out: &mut [X],
+    convert: impl Fn(S) -> X,
+) -> bool {
+    let mut outside = false;
+    for (x, &index) in out.iter_mut().zip(index) {
+        let index = if index < 0 { index.wrapping_add(extent) } else { index };
+        let inside = (index as u32) < extent as u32;
+        outside |= !inside;
+        let index = if inside { index } else { 0 };
+        // SAFETY: inside now.
+        *x = convert(unsafe { *from.offset(index as isize * stride) });
+    }
+    !outside
+}
+
+/// `out[r][l] = from[rows[r] + lanes[l]]`.
+///
+/// # Safety
+/// Every such sum addresses a readable element.
+#[inline(always)]
+pub(crate) unsafe fn read_tile<S: Copy, X: Copy>(
+    from: *const S,
+    rows: &[i64],
+    lanes: &[i64],
+    out: &mut [X],
+    convert: impl Fn(S) -> X,
+) {
+    let width = lanes.len();
+    let adjacent = |offsets: &[i64]| offsets.windows(2).all(|pair| pair[1] == pair[0].wrapping_add(1));
+    // SAFETY: every address is a sum of a row's and a lane's offset; adjacent offsets start at the first.
+    unsafe {
+        if adjacent(lanes) {
+            for (row, &offset) in out.chunks_exact_mut(width).zip(rows) {
+                let line = from.offset((offset + lanes[0]) as isize);
+                for (lane, x) in row.iter_mut().enumerate() {
+                    *x = convert(*line.add(lane));
+                }
+            }
+        } else {
+            // Lane by lane: where rows are adjacent in memory, a lane's are in one cache line.
+            for (lane, &offset) in lanes.iter().enumerate() {
+                for (row, &own) in rows.iter().enumerate() {
+                    out[row * width + lane] = convert(*from.offset((offset + own) as isize));
+                }
+            }
+        }
+    }
+}

@@ -14,6 +14,8 @@
 pub(super) mod activation;
 pub(super) mod elementary;
 pub(super) mod lanes;
+#[cfg(test)]
+mod lanes_tests;
 pub(super) mod pack;
 pub(super) mod pointwise;
 pub(super) mod rank;

@@ -1,5 +1,6 @@
 //! Lane-wise functions: scaling, sums, conversions.
 
+use super::softmax::{LARGE, exponent};
 use crate::arch::vector::{Half, Vector};
 use crate::dtype::Real;
 
@@ -214,11 +215,12 @@ pub(crate) unsafe fn row_exp2<V: Vector>(
     // SAFETY: inside the row; the ragged end goes through a buffer of one register.
     unsafe {
         let (scale, minus) = (V::splat(factor), V::splat(-reference));
+        let large = reference.f64().abs() > LARGE;
         let mut sums = V::splat(V::Elem::ZERO);
         let whole = count / V::LANES * V::LANES;
         let mut i = 0;
         while i < whole {
-            let p = V::load(row.add(i)).mul_add(scale, minus).exp2();
+            let p = exponent(V::load(row.add(i)), scale, minus, large).exp2();
             sums = sums.add(p);
             p.store(row.add(i));
             i += V::LANES;
@@ -227,7 +229,7 @@ pub(crate) unsafe fn row_exp2<V: Vector>(
             let mut lanes = [V::Elem::NEG_INFINITY; 16];
             std::ptr::copy_nonoverlapping(row.add(whole), lanes.as_mut_ptr(), count - whole);
             let mut p = [V::Elem::ZERO; 16];
-            V::load(lanes.as_ptr()).mul_add(scale, minus).exp2().store(p.as_mut_ptr());
+            exponent(V::load(lanes.as_ptr()), scale, minus, large).exp2().store(p.as_mut_ptr());
             let mut rest = V::Elem::ZERO;
             for (at, &value) in p.iter().enumerate().take(count - whole) {
                 row.add(whole + at).write(value);

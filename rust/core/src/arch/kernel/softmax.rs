@@ -10,9 +10,14 @@
 //! m + log2(l) in exact arithmetic, so m moves only when the scores grew by more than tau (usually 8) powers of two: P
 //! stays below 2^tau, far from overflow, and nearly all rescaling passes vanish (FlashAttention-4's conditional rescale).
 //! A lane whose scores so far are all -inf keeps m = -inf and is computed against 0, so that P is 0, not NaN.
+//! S * c - m is one fused operation, which keeps what the rounding of m lost; beyond [`LARGE`] that rest would be a power of
+//! two of its own, so there the product is rounded first, as m was.
 
 use crate::arch::vector::{Half, Vector};
 use crate::dtype::Real;
+
+/// References beyond this lose more than a thousandth to rounding in single precision.
+pub(crate) const LARGE: f64 = 8192.0;
 
 /// One block; pointers hold `rows * width` scores and `width` lanes of state.
 pub(crate) struct Args<T> {
@@ -37,7 +42,7 @@ pub(crate) struct Args<T> {
 #[inline(always)]
 pub(crate) unsafe fn softmax<V: Vector>(
     args: &Args<V::Elem>,
-    finish: impl Fn(&Args<V::Elem>, usize, V, V) -> V,
+    finish: impl Fn(&Args<V::Elem>, usize, V, V, bool) -> V,
 ) -> bool {
     let mut moved = false;
     // SAFETY: all addresses are inside the buffers described in `Args`.
@@ -73,7 +78,12 @@ pub(crate) unsafe fn softmax<V: Vector>(
             }
             alpha.store(args.alpha.add(lane));
             let safe = after.where_greater(low, after, zero);
-            let sum = finish(args, lane, factor, safe);
+            let large = V::splat(V::Elem::of(LARGE));
+            let sum = if safe.any_greater(large) || zero.sub(safe).any_greater(large) {
+                finish(args, lane, factor, safe, true)
+            } else {
+                finish(args, lane, factor, safe, false)
+            };
             V::load(args.normaliser.add(lane)).mul_add(alpha, sum).store(args.normaliser.add(lane));
             lane += V::LANES;
         }
@@ -81,19 +91,26 @@ pub(crate) unsafe fn softmax<V: Vector>(
     moved
 }
 
+/// `score * factor + minus`, exact where the product is the reference.
+#[inline(always)]
+pub(crate) unsafe fn exponent<V: Vector>(score: V, factor: V, minus: V, large: bool) -> V {
+    // SAFETY: lane arithmetic.
+    unsafe { if large { score.mul(factor).add(minus) } else { score.mul_add(factor, minus) } }
+}
+
 /// Writes P over the scores; returns the lanes' sums.
 ///
 /// # Safety
 /// As in [`Args`].
 #[inline(always)]
-pub(crate) unsafe fn in_place<V: Vector>(args: &Args<V::Elem>, lane: usize, factor: V, reference: V) -> V {
+pub(crate) unsafe fn in_place<V: Vector>(args: &Args<V::Elem>, lane: usize, factor: V, reference: V, large: bool) -> V {
     // SAFETY: as in `Args`.
     unsafe {
         let mut sums = [V::splat(V::Elem::ZERO); 2];
         let minus = V::splat(V::Elem::ZERO).sub(reference);
         for row in 0..args.rows {
             let at = args.scores.add(row * args.width + lane);
-            let p = V::load(at).mul_add(factor, minus).exp2();
+            let p = exponent(V::load(at), factor, minus, large).exp2();
             sums[row % 2] = sums[row % 2].add(p);
             p.store(at);
         }
@@ -107,7 +124,7 @@ pub(crate) unsafe fn in_place<V: Vector>(args: &Args<V::Elem>, lane: usize, fact
 /// # Safety
 /// As in [`Args`].
 #[inline(always)]
-pub(crate) unsafe fn to_pairs<V: Half>(args: &Args<f32>, lane: usize, factor: V, reference: V) -> V {
+pub(crate) unsafe fn to_pairs<V: Half>(args: &Args<f32>, lane: usize, factor: V, reference: V, large: bool) -> V {
     // SAFETY: as in `Args`; the pair buffer holds ceil(rows / 2) * width units.
     unsafe {
         let zero = V::splat(0.0);
@@ -115,10 +132,10 @@ pub(crate) unsafe fn to_pairs<V: Half>(args: &Args<f32>, lane: usize, factor: V,
         let minus = zero.sub(reference);
         for pair in 0..args.rows.div_ceil(2) {
             let at = args.scores.add(2 * pair * args.width + lane);
-            let low = V::load(at).mul_add(factor, minus).exp2();
+            let low = exponent(V::load(at), factor, minus, large).exp2();
             let mut high = zero;
             if 2 * pair + 1 < args.rows {
-                high = V::load(at.add(args.width)).mul_add(factor, minus).exp2();
+                high = exponent(V::load(at.add(args.width)), factor, minus, large).exp2();
             }
             sums[0] = sums[0].add(low);
             sums[1] = sums[1].add(high);

@@ -21,8 +21,10 @@ use super::mods::Mods;
 use super::operands::Operands;
 use super::problem::Problem;
 use crate::arch::Kernel;
+use crate::arch::lanes::FloatLane;
 use crate::dtype::{Dtype, Real};
 use crate::error::{Error, Result};
+use crate::expr::CaptureGradient;
 use crate::gemm::SERIAL_WORK;
 use crate::gemm::arithmetic::Arithmetic;
 use crate::scratch::Buffer;
@@ -31,6 +33,7 @@ use crate::view::{Array, ArrayMut, Rows};
 use half::{bf16, f16};
 use plan::Chunk;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// What comes from the forward pass and from the loss.
@@ -67,6 +70,9 @@ pub struct Gradients<'g> {
 /// Arrays of the wrong shape or type; pages, or sequences that share keys (their gradients would overlap).
 pub fn backward(problem: &Problem<'_>, upstream: &Upstream<'_>, gradients: Gradients<'_>) -> Result<()> {
     check(problem, upstream, &gradients)?;
+    if problem.key.shape()[1] == 0 {
+        return Ok(());
+    }
     match problem.dtype {
         Dtype::F32 => typed::<f32>(problem, upstream, gradients),
         Dtype::F64 => typed::<f64>(problem, upstream, gradients),
@@ -106,6 +112,15 @@ fn check(problem: &Problem<'_>, upstream: &Upstream<'_>, gradients: &Gradients<'
             return Err(Error::value("grad_sinks", "none without sinks", "an array"));
         }
     }
+    let captures = problem.rules.score_mod.as_ref().map_or(&[][..], |score| &score.captures);
+    if !gradients.captures.is_empty() && gradients.captures.len() != captures.len() {
+        let got = gradients.captures.len();
+        return Err(Error::value("grad_captures", format!("{} entries, one a capture", captures.len()), got));
+    }
+    for (number, (array, capture)) in gradients.captures.iter().zip(captures).enumerate() {
+        let name = format!("grad_captures[{number}]");
+        array.as_ref().map_or(Ok(()), |array| expect(&name, array.shape(), array.dtype(), capture.shape(), wide))?;
+    }
     if problem.pages.is_some() {
         return Err(Error::value("block_table", "contiguous keys for a gradient", "a paged cache")
             .hint("gather the pages first"));
@@ -127,7 +142,9 @@ pub(super) struct Stage<'s, 'p, 'a, S: Arithmetic> {
     problem: &'p Problem<'a>,
     upstream: &'s Upstream<'a>,
     operands: Operands<'p, 'a, S>,
-    mods: &'s Mods<'p, 'a, S::Acc>,
+    mods: &'s Mods<'a, S::Acc>,
+    /// Of the captures' gradients that are wanted.
+    shapes: Vec<Option<Vec<usize>>>,
     query: Option<Rows<'s, S>>,
     key: Option<Rows<'s, S>>,
     value: Option<Rows<'s, S>>,
@@ -137,16 +154,10 @@ pub(super) struct Stage<'s, 'p, 'a, S: Arithmetic> {
     stride: usize,
 }
 
-/// dV and dK over a range of keys, side by side, and the sinks' gradients.
-struct Partial<T: crate::scratch::Kept> {
-    keys: Range<usize>,
-    sums: Buffer<T>,
-    sinks: Vec<f64>,
-}
-
 fn typed<S: Arithmetic>(problem: &Problem<'_>, upstream: &Upstream<'_>, gradients: Gradients<'_>) -> Result<()> {
     let size = problem.size;
-    let mods = Mods::<S::Acc>::bind(problem, true)?;
+    let wanted: Vec<bool> = gradients.captures.iter().map(Option::is_some).collect();
+    let mods = Mods::<S::Acc>::bind(problem, Some(&wanted))?;
     let pad = |width: usize| width.next_multiple_of(S::lanes());
     let chunks = plan::chunks::<S>(problem);
     let work: usize = chunks.iter().map(|chunk| chunk.cost).sum();
@@ -156,6 +167,7 @@ fn typed<S: Arithmetic>(problem: &Problem<'_>, upstream: &Upstream<'_>, gradient
         upstream,
         operands: Operands::backward(problem, serial)?,
         mods: &mods,
+        shapes: gradients.captures.iter().map(|array| array.as_ref().map(|array| array.shape().to_vec())).collect(),
         query: gradients.query.map(|array| array.fresh().rows::<S>()),
         key: gradients.key.map(|array| array.fresh().rows::<S>()),
         value: gradients.value.map(|array| array.fresh().rows::<S>()),
@@ -164,76 +176,142 @@ fn typed<S: Arithmetic>(problem: &Problem<'_>, upstream: &Upstream<'_>, gradient
         // A cache line more than whole registers: rows side by side must not fall into one set.
         stride: pad(size.value_dim) + pad(size.head_dim) + 16,
     };
-    let mut order: Vec<usize> = (0..chunks.len()).collect();
-    order.sort_by_key(|&number| std::cmp::Reverse(chunks[number].cost));
-    let partials: Vec<Mutex<Option<Partial<S::Acc>>>> = chunks.iter().map(|_| Mutex::new(None)).collect();
-    threads::for_each(
-        order.len(),
-        serial,
-        || step::Scratch::<S>::new(&stage),
-        |task, scratch| {
-            let chunk = &chunks[order[task]];
-            let mut partial = stage.run(chunk, scratch);
-            if chunk.alone {
-                stage.finish(chunk.place, &[&partial], 0..problem.sequences[chunk.place / size.key_heads].keys);
-                partial.sums = Buffer::new(0);
+    let bytes = stage.shapes.iter().flatten().map(|shape| shape.iter().product::<usize>() * size_of::<S::Acc>()).sum();
+    let groups = plan::groups(&chunks, wanted.contains(&true).then_some(bytes));
+    let results = Results {
+        partials: chunks.iter().map(|_| Mutex::new(None)).collect(),
+        left: plan::counts(&chunks).into_iter().map(AtomicUsize::new).collect(),
+        captures: groups.iter().map(|_| Mutex::new(Vec::new())).collect(),
+    };
+    let scratch = || step::Scratch::<S>::new(&stage);
+    threads::for_each(groups.len(), serial, scratch, |task, scratch| {
+        let mut captures = stage.zeros();
+        for &number in &groups[task] {
+            stage.run(&chunks, number, &results, scratch, &mut captures);
+        }
+        *results.captures[task].lock().unwrap_or_else(PoisonError::into_inner) = captures;
+    })?;
+    stage.join(&chunks, &results, serial)?;
+    results.write(gradients.sinks, gradients.captures);
+    mods.check()
+}
+
+/// dV and dK over a range of keys, side by side, and the sinks' gradients.
+struct Partial<T: crate::scratch::Kept> {
+    keys: Range<usize>,
+    sums: Buffer<T>,
+    sinks: Vec<f64>,
+}
+
+/// What tasks leave.
+struct Results<T: crate::scratch::Kept> {
+    /// One a chunk.
+    partials: Vec<Mutex<Option<Partial<T>>>>,
+    /// Chunks of each place that are not done.
+    left: Vec<AtomicUsize>,
+    /// Gradients of captures, one list a task.
+    captures: Vec<Mutex<Vec<Option<CaptureGradient<T>>>>>,
+}
+
+impl<T: FloatLane + crate::scratch::Kept> Results<T> {
+    /// Sums over chunks and tasks, in order.
+    fn write(self, sinks: Option<ArrayMut<'_>>, captures: Vec<Option<ArrayMut<'_>>>) {
+        if let Some(sinks) = sinks {
+            let mut sums = vec![0.0; sinks.shape()[0]];
+            for slot in self.partials {
+                let partial = slot.into_inner().unwrap_or_else(PoisonError::into_inner);
+                let own = partial.map_or_else(Vec::new, |partial| partial.sinks);
+                sums.iter_mut().zip(own).for_each(|(sum, part)| *sum += part);
             }
-            *partials[order[task]].lock().unwrap_or_else(PoisonError::into_inner) = Some(partial);
-        },
-    )?;
-    let partials: Vec<Partial<S::Acc>> =
-        partials.into_iter().filter_map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner)).collect();
-    stage.join(&chunks, &partials, serial)?;
-    if let Some(sinks) = gradients.sinks {
-        let lines = sinks.segments::<S::Acc>(1);
-        for head in 0..size.query_heads {
-            let sum: f64 = partials.iter().map(|partial| partial.sinks.get(head).copied().unwrap_or(0.0)).sum();
-            lines.take(head)[0] = S::Acc::of(sum);
+            let lines = sinks.segments::<T>(1);
+            sums.into_iter().enumerate().for_each(|(head, sum)| lines.take(head)[0] = T::of(sum));
+        }
+        let mut lists = self.captures.into_iter().map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner));
+        let empty =
+            || captures.iter().map(|array| array.as_ref().map(|array| CaptureGradient::new(array.shape()))).collect();
+        let mut sums: Vec<Option<CaptureGradient<T>>> = lists.next().unwrap_or_else(empty);
+        for list in lists {
+            for (sum, part) in sums.iter_mut().zip(&list) {
+                if let (Some(sum), Some(part)) = (sum, part) {
+                    sum.add(part);
+                }
+            }
+        }
+        for (array, sum) in captures.into_iter().zip(sums) {
+            if let (Some(array), Some(sum)) = (array, sum) {
+                sum.write(array);
+            }
         }
     }
-    mods.check()
 }
 
 /// Keys whose sums one task adds up.
 const JOINED: usize = 256;
 
 impl<S: Arithmetic> Stage<'_, '_, '_, S> {
-    /// One chunk.
-    fn run(&self, chunk: &Chunk, scratch: &mut step::Scratch<S>) -> Partial<S::Acc> {
+    fn zeros(&self) -> Vec<Option<CaptureGradient<S::Acc>>> {
+        self.shapes.iter().map(|shape| shape.as_ref().map(|shape| CaptureGradient::new(shape))).collect()
+    }
+
+    /// One chunk. The last one of a place whose chunks are not joined in parallel adds them up.
+    fn run(
+        &self,
+        chunks: &[Chunk],
+        number: usize,
+        results: &Results<S::Acc>,
+        scratch: &mut step::Scratch<'_, '_, S>,
+        captures: &mut [Option<CaptureGradient<S::Acc>>],
+    ) {
+        let chunk = &chunks[number];
         let mut sums = Buffer::new(chunk.keys.len() * self.stride);
         if self.key.is_some() || self.value.is_some() {
             sums.fill(S::Acc::ZERO);
         }
         let sinks = vec![0.0; if self.problem.sinks.is_some() { self.problem.size.query_heads } else { 0 }];
         let mut partial = Partial { keys: chunk.keys.clone(), sums, sinks };
+        let mut captures: Vec<_> = captures.iter_mut().map(Option::as_mut).collect();
         for tile in &chunk.tiles {
-            step::one_tile(self, tile, scratch, &mut partial);
+            step::one_tile(self, tile, scratch, &mut partial, &mut captures);
         }
-        partial
+        let slot = |number: usize| results.partials[number].lock().unwrap_or_else(PoisonError::into_inner);
+        *slot(number) = Some(partial);
+        if results.left[chunk.place].fetch_sub(1, Ordering::AcqRel) == 1 && !chunk.joined {
+            let own: Vec<usize> = (0..chunks.len()).filter(|&other| chunks[other].place == chunk.place).collect();
+            let mut taken: Vec<_> = own.iter().filter_map(|&other| slot(other).take()).collect();
+            let partials: Vec<_> = taken.iter().collect();
+            self.finish(chunk.place, &partials, 0..self.keys_of(chunk.place));
+            for (other, mut partial) in own.into_iter().zip(taken.drain(..)) {
+                partial.sums = Buffer::new(0);
+                *slot(other) = Some(partial);
+            }
+        }
     }
 
-    /// Adds up the chunks of each place that has several.
-    fn join(&self, chunks: &[Chunk], partials: &[Partial<S::Acc>], serial: bool) -> Result<()> {
+    fn keys_of(&self, place: usize) -> usize {
+        self.problem.sequences[place / self.problem.size.key_heads].keys
+    }
+
+    /// Adds up the chunks of places that are left, all threads together.
+    fn join(&self, chunks: &[Chunk], results: &Results<S::Acc>, serial: bool) -> Result<()> {
+        let slots: Vec<_> =
+            results.partials.iter().map(|slot| slot.lock().unwrap_or_else(PoisonError::into_inner)).collect();
         let mut tasks = Vec::new();
-        let mut first = 0;
-        while first < chunks.len() {
-            let place = chunks[first].place;
-            let count = chunks[first..].iter().take_while(|chunk| chunk.place == place).count();
-            if !chunks[first].alone {
-                let keys = self.problem.sequences[place / self.problem.size.key_heads].keys;
-                let part = |start: usize| (place, first..first + count, start..keys.min(start + JOINED));
-                tasks.extend((0..keys).step_by(JOINED).map(part));
+        for place in 0..results.left.len() {
+            let own: Vec<_> = (0..chunks.len()).filter(|&n| chunks[n].place == place && chunks[n].joined).collect();
+            if !own.is_empty() {
+                let keys = self.keys_of(place);
+                tasks.extend((0..keys).step_by(JOINED).map(|start| (own.clone(), start..keys.min(start + JOINED))));
             }
-            first += count;
         }
+        let partials: Vec<Option<&Partial<S::Acc>>> = slots.iter().map(|slot| slot.as_ref()).collect();
         threads::for_each(
             tasks.len(),
             serial,
             || (),
             |task, ()| {
-                let (place, own, keys) = &tasks[task];
-                let own: Vec<&Partial<S::Acc>> = partials[own.clone()].iter().collect();
-                self.finish(*place, &own, keys.clone());
+                let (own, keys) = &tasks[task];
+                let list: Vec<_> = own.iter().filter_map(|&number| partials[number]).collect();
+                self.finish(chunks[own[0]].place, &list, keys.clone());
             },
         )
     }

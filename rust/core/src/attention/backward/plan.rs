@@ -24,8 +24,34 @@ pub struct Chunk {
     pub keys: Range<usize>,
     /// Estimated pairs of a query and a key.
     pub cost: usize,
-    /// The only chunk of its place.
-    pub alone: bool,
+    /// Added up with the others of its place by all threads together, at the end.
+    pub joined: bool,
+}
+
+/// Up to this many places, chunks are added up at the end: with more, places keep all threads busy, and only the sums of
+/// those at work take memory.
+const FEW_PLACES: usize = 4;
+/// Memory that copies of the captures' gradients may take, and how many there are at most.
+const COPIES: (usize, usize) = (256 << 20, 16);
+
+/// Tasks: chunks that one thread works through in order. Gradients of captures (`bytes` in all) are added up in a copy for
+/// each task, so there are then as many tasks as there may be copies: a number that depends on the problem alone.
+pub fn groups(chunks: &[Chunk], bytes: Option<usize>) -> Vec<Vec<usize>> {
+    let Some(bytes) = bytes else {
+        let mut order: Vec<usize> = (0..chunks.len()).collect();
+        // The longest first; with many places one after the other.
+        order.sort_by_key(|&n| (if chunks[n].joined { 0 } else { chunks[n].place }, std::cmp::Reverse(chunks[n].cost)));
+        return order.into_iter().map(|number| vec![number]).collect();
+    };
+    let count = (COPIES.0 / bytes.max(1)).clamp(1, COPIES.1).min(chunks.len());
+    (0..count).map(|first| (first..chunks.len()).step_by(count).collect()).collect()
+}
+
+/// Number of chunks of each place.
+pub fn counts(chunks: &[Chunk]) -> Vec<usize> {
+    let mut counts = vec![0; chunks.last().map_or(0, |chunk| chunk.place + 1)];
+    chunks.iter().for_each(|chunk| counts[chunk.place] += 1);
+    counts
 }
 
 /// All chunks, by place.
@@ -43,7 +69,8 @@ pub fn chunks<S: Arithmetic>(problem: &Problem<'_>) -> Vec<Chunk> {
         let spans: Vec<Span> = tiles.iter().map(|tile| Span::of(problem, tile)).collect();
         let total: usize = spans.iter().map(|span| span.cost).sum();
         let rows = problem.sequences[sequence].queries * group;
-        let count = TASKS.div_ceil(places).min(CHUNKS).min(rows / ROWS).max(1);
+        // Not by sequences: bits must not depend on the batch.
+        let count = TASKS.div_ceil(size.key_heads).min(CHUNKS).min(rows / ROWS).max(1);
         let (first, mut done, mut start) = (chunks.len(), 0, 0);
         for number in 0..count {
             let mut end = start;
@@ -60,7 +87,7 @@ pub fn chunks<S: Arithmetic>(problem: &Problem<'_>) -> Vec<Chunk> {
                 tiles: tiles[start..end].to_vec(),
                 keys: low..high.max(low),
                 cost,
-                alone: count == 1,
+                joined: count > 1 && places <= FEW_PLACES,
             });
             start = end;
         }

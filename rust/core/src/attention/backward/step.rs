@@ -18,12 +18,13 @@ use super::{Partial, Stage};
 use crate::arch::{Kernel, Slopes};
 use crate::attention::dropout::Dropout;
 use crate::attention::finish;
-use crate::attention::mods::Worker;
+use crate::attention::mods::{Worker, harmless};
 use crate::attention::operands::{all_finite, stack_finite};
 use crate::attention::prefill::{exponent, scale};
 use crate::attention::schedule::{Schedule, Visit};
 use crate::attention::tile::Tile;
 use crate::dtype::{Float, Real};
+use crate::expr::CaptureGradient;
 use crate::gemm::arithmetic::{Arithmetic, Sealed, Views};
 use crate::gemm::pack::line_stride;
 use crate::view::Matrix;
@@ -32,7 +33,7 @@ use crate::view::Matrix;
 const STEP: usize = 128;
 
 /// Buffers of one thread.
-pub struct Scratch<S: Arithmetic> {
+pub struct Scratch<'m, 'a, S: Arithmetic> {
     lines: Vec<S::Unit>,
     query_panels: Vec<S::Unit>,
     grad_panels: Vec<S::Unit>,
@@ -47,11 +48,11 @@ pub struct Scratch<S: Arithmetic> {
     delta: Vec<S::Acc>,
     /// Lanes whose dO is not finite.
     poisoned: Vec<usize>,
-    worker: Worker<S::Acc>,
+    worker: Worker<'m, 'a, S::Acc>,
 }
 
-impl<S: Arithmetic> Scratch<S> {
-    pub fn new(stage: &Stage<'_, '_, '_, S>) -> Self {
+impl<'m, 'a, S: Arithmetic> Scratch<'m, 'a, S> {
+    pub(super) fn new(stage: &Stage<'m, '_, 'a, S>) -> Self {
         let size = stage.problem.size;
         let width = super::plan::PANELS * S::panel();
         let units = |count: usize| vec![S::Unit::default(); count];
@@ -78,17 +79,19 @@ impl<S: Arithmetic> Scratch<S> {
 pub(super) fn one_tile<S: Arithmetic>(
     stage: &Stage<'_, '_, '_, S>,
     tile: &Tile,
-    scratch: &mut Scratch<S>,
+    scratch: &mut Scratch<'_, '_, S>,
     partial: &mut Partial<S::Acc>,
+    captures: &mut [Option<&mut CaptureGradient<S::Acc>>],
 ) {
     let problem = stage.problem;
     let width = tile.count.next_multiple_of(S::lanes());
-    let schedule = Schedule::new(problem, tile, STEP, S::PER_UNIT, stage.mods.has_mask());
+    let mut schedule = Schedule::new(problem, tile, STEP, S::PER_UNIT, stage.mods.has_mask());
+    scratch.worker.prune(tile, &mut schedule.visits, S::PER_UNIT);
     scratch.prepare(stage, tile, width, partial);
     scratch.worker.tile(tile);
     scratch.sums[..width * stage.key_width].fill(S::Acc::ZERO);
     for &visit in &schedule.visits {
-        scratch.visit(stage, tile, &schedule, visit, width, partial);
+        scratch.visit(stage, tile, &schedule, visit, width, partial, captures);
     }
     let Some(query) = &stage.query else { return };
     let scale = S::Acc::of(problem.rules.scale);
@@ -99,7 +102,7 @@ pub(super) fn one_tile<S: Arithmetic>(
     }
 }
 
-impl<S: Arithmetic> Scratch<S> {
+impl<S: Arithmetic> Scratch<'_, '_, S> {
     /// Panels and stacks of Q and dO, and each lane's L and D.
     fn prepare(&mut self, stage: &Stage<'_, '_, '_, S>, tile: &Tile, width: usize, partial: &mut Partial<S::Acc>) {
         let (problem, upstream) = (stage.problem, stage.upstream);
@@ -116,13 +119,18 @@ impl<S: Arithmetic> Scratch<S> {
             let at = [sequence.query_batch, head, sequence.query_start + query];
             let (out, grad) =
                 (tile.row::<S>(problem, &upstream.out, lane), tile.row::<S>(problem, &upstream.grad_out, lane));
-            if !all_finite(grad) {
-                self.poisoned.push(lane);
-            }
             let grad_lse = upstream.grad_lse.as_ref().map_or(S::Acc::ZERO, |array| array.get::<S::Acc>(&at));
             let delta = dot(out, grad) - grad_lse;
             let lse = upstream.lse.get::<S::Acc>(&at);
-            if lse != S::Acc::NEG_INFINITY {
+            if !all_finite(grad) && !lse.f64().is_nan() {
+                self.poisoned.push(lane);
+            }
+            if lse.f64().is_nan() {
+                // Weights of 2^NaN would reach keys that the row does not attend.
+                self.lse[lane] = S::Acc::ZERO;
+                self.delta[lane] = lse;
+                self.poisoned.push(lane);
+            } else if lse != S::Acc::NEG_INFINITY {
                 self.lse[lane] = lse * S::Acc::of(std::f64::consts::LOG2_E);
                 self.delta[lane] = delta;
                 if let Some(sinks) = &problem.sinks {
@@ -152,6 +160,7 @@ impl<S: Arithmetic> Scratch<S> {
         visit: Visit,
         width: usize,
         partial: &mut Partial<S::Acc>,
+        captures: &mut [Option<&mut CaptureGradient<S::Acc>>],
     ) {
         let (problem, count) = (stage.problem, visit.len * width);
         let keys = visit.start..visit.start + visit.len;
@@ -175,8 +184,14 @@ impl<S: Arithmetic> Scratch<S> {
         if visit.partial {
             schedule.mask(visit, scores, width, 1, finish::blank(factor));
         }
-        if visit.program {
-            self.worker.mask(keys.clone(), scores, width, finish::blank(factor));
+        if visit.program.1 > 0 {
+            let (from, count) = visit.program;
+            let part = &mut scores[from * width..(from + count) * width];
+            self.worker.mask(visit.asked(), part, width, finish::blank(factor));
+        }
+        if tile.count < width {
+            // Lanes that are not there: 0 * NaN of a key is a score too.
+            scores.chunks_mut(width).for_each(|line| line[tile.count..].fill(finish::blank(factor)));
         }
         let dropout = Dropout::of(problem);
         if let Some(dropout) = &dropout {
@@ -194,7 +209,9 @@ impl<S: Arithmetic> Scratch<S> {
                 weights.for_each(|weight| *weight = S::Acc::of(f64::NAN));
             }
             if has_score {
-                self.worker.gradient(keys.clone(), &self.before, slopes, width);
+                let pairs = self.before.iter_mut().zip(&*scores);
+                pairs.filter(|(_, weight)| **weight == S::Acc::ZERO).for_each(|(score, _)| *score = harmless());
+                self.worker.gradient(keys.clone(), &self.before, slopes, width, captures);
             }
             S::seal_slopes(scores, slopes, visit.len, width, &mut self.sealed);
         } else {
