@@ -1,4 +1,4 @@
-"""Small random models of transformers with experts, for tests/test_hf_training.py; loaded by path."""
+"""Small random models of transformers, for tests/test_hf_training.py and its sibling on attention; loaded by path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    Gemma2Config,
     GptOssConfig,
+    LlamaConfig,
     MixtralConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
@@ -18,6 +20,8 @@ from transformers import (
 NAMES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"]
 if importlib.util.find_spec("transformers.models.minimax_m3_vl"):  # younger than transformers 5.3
     NAMES.append("minimax_m3")
+
+DENSE = ["llama", "gemma2"]  # without experts
 
 VOCABULARY = 61
 _SIZES: dict[str, Any] = {
@@ -40,6 +44,13 @@ def _config(name: str) -> Any:
         return GptOssConfig(
             intermediate_size=24, num_local_experts=4, num_experts_per_tok=2, sliding_window=16, rope_parameters=_ROPE,
             layer_types=["sliding_attention", "full_attention"], **_GROUPED, **_SIZES,
+        )  # fmt: skip
+    if name == "llama":
+        return LlamaConfig(intermediate_size=48, **_GROUPED, **_SIZES)
+    if name == "gemma2":
+        return Gemma2Config(
+            intermediate_size=48, attn_logit_softcapping=2.0, final_logit_softcapping=20.0, sliding_window=6,
+            query_pre_attn_scalar=8, **_GROUPED, **_SIZES,
         )  # fmt: skip
     return DeepseekV3Config(
         intermediate_size=48, moe_intermediate_size=24, n_routed_experts=8, num_experts_per_tok=3, n_group=2,
@@ -73,7 +84,8 @@ def build(name: str) -> PreTrainedModel:
             elif key.endswith(("gate.weight", "router.weight")):
                 parameter.normal_(std=0.5)  # some models begin with zeros, where every choice is a tie
     model.set_attn_implementation("eager")
-    model.set_experts_implementation("eager")
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
     return model
 
 

@@ -225,10 +225,7 @@ def test_torch_operator(dtype: torch.dtype) -> None:
     q, k, v = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 12, 16), torch.randn(2, 2, 12, 8)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     mask = torch.rand(2, 4, 9, 12) < 0.7
-    blocks = torch.tensor([0, -1, 2], dtype=torch.int32).expand(2, 2, 9, 3).contiguous()
     sinks = torch.randn(4)
-    args = (q, k, v, mask, sinks, blocks, 0.25, True, 5, -1, 4)
-    torch.library.opcheck(torch.ops.tilewise.attention.default, args)
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         return twt.attention(q, k, v, scale=0.25, causal=True, window=(5, -1), mask=mask, sinks=sinks, return_lse=True)
@@ -242,13 +239,9 @@ def test_torch_operator(dtype: torch.dtype) -> None:
     assert np.abs(eager[0].double().numpy() - truth).max() < {2: 2e-2, 4: 2e-6, 8: 1e-14}[q.element_size()]
 
 
-def test_torch_refuses_gradients_and_foreign_devices() -> None:
-    from tilewise.errors import DeviceError, UnsupportedError
+def test_foreign_devices_are_refused() -> None:
+    from tilewise.errors import DeviceError
 
-    q = torch.randn(1, 1, 2, 4, requires_grad=True)
-    with pytest.raises(UnsupportedError, match="no_grad"):
-        twt.attention(q, q, q)
-    with torch.no_grad():
-        assert twt.attention(q, q, q).shape == q.shape
+    q = torch.randn(1, 1, 2, 4)
     with pytest.raises(DeviceError, match=r"meta|CPU"):
-        attention(*(x.detach().to("meta") for x in (q, q, q)))
+        attention(*(x.to("meta") for x in (q, q, q)))

@@ -25,6 +25,7 @@ _spec = importlib.util.spec_from_file_location("attention_cases", Path(__file__)
 assert _spec is not None and _spec.loader is not None
 cases = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(cases)
+one_torch_thread = cases.one_torch_thread
 
 
 @pytest.mark.parametrize("queries", [3, 40])
@@ -66,7 +67,7 @@ def test_group_08_magnitudes(isa: str, queries: int, dtype: torch.dtype) -> None
         query = torch.ones(1, 1, queries, 1, dtype=dtype, requires_grad=True)
         key = order.clone().view(1, 1, 300, 1).requires_grad_()
         value = cases.draw(1, 1, 1, queries, 300, 1, 8, dtype=dtype)[2]
-        cases.check((query, key, value), scale=1.0, extra=2000 * eps)
+        cases.check((query, key, value), scale=1.0, extra=216**2 * eps)  # a rounding of a score, times a key
 
 
 @pytest.mark.parametrize("queries", [1, 40])
@@ -104,6 +105,11 @@ def test_group_10_exponential(isa: str) -> None:
         assert torch.equal(tiny[0, 0, 0], torch.tensor([1.0, 0.0])), "below the smallest number"
 
 
+def close(one: Tensor, other: Tensor, bound: float) -> bool:
+    """Equal up to `bound`; bit for bit if that is 0."""
+    return torch.equal(one, other) if bound == 0 else bool(((one - other).abs() <= bound * (1 + other.abs())).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("queries", [2, 40])
 def test_group_11_nan_and_infinity_stay_in_their_rows(isa: str, dtype: torch.dtype, queries: int) -> None:
@@ -118,14 +124,18 @@ def test_group_11_nan_and_infinity_stay_in_their_rows(isa: str, dtype: torch.dty
             operands[which][0, 0, -1, 3] = bad
             operands = [x.requires_grad_() for x in operands]
             out, lse = attend(*operands, causal=True)
-            # The last key is attended by the last query alone, and the last query attends all.
-            assert torch.equal(out[:, :, :-1], want[0][:, :, :-1]) and torch.equal(lse[:, :, :-1], want[1][:, :, :-1])
-            assert torch.equal(out[:, 1], want[0][:, 1]), "another head"
-            touched = out[0, 0, -1] if which < 2 else out[0, 0, -1, 3]
-            assert not torch.isfinite(touched).all() or (which == 1 and bad != bad) is False
+            # The last key is attended by the last query alone, and the last query attends all. An infinite score may
+            # move the reference of its neighbours in the tile, which costs them a rounding.
             found = cases.gradients((out, lse), operands, grad, None)
-            assert torch.equal(found[0][:, :, :-1], want_grad[0][:, :, :-1])
+            for one, other in ((out, want[0]), (lse, want[1]), (found[0], want_grad[0])):
+                assert close(one[:, :, :-1], other[:, :, :-1], 0.0 if bad != bad else 8 * torch.finfo(dtype).eps)
+            assert torch.equal(out[:, 1], want[0][:, 1]), "another head"
             assert all(torch.equal(x[:, 1], y[:, 1]) for x, y in zip(found, want_grad, strict=True))
+            touched = out[0, 0, -1] if which < 2 else out[0, 0, -1, 3]
+            if bad != bad:
+                assert torch.isnan(touched).all()
+            elif which == 2:
+                assert touched == bad and torch.isfinite(out[0, 0, -1, :3]).all()
     query, key, value = (x.detach().clone() for x in clean)
     key[0, 0, -1] = torch.nan
     assert torch.isnan(attend(query, key, value, causal=True)[0][0, 0, -1]).all()

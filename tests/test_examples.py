@@ -101,3 +101,39 @@ def test_a_training_step_of_the_example(tiny: Any, monkeypatch: pytest.MonkeyPat
     # The rate warms up, so a weight moves by little; all of them do.
     changed = {name for name, value in run.target.state_dict().items() if not torch.equal(value, before[name])}
     assert {name for name in before if ".experts." in name} <= changed
+
+
+def test_fine_tuning_with_a_document_mask(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps of the example: the mask keeps documents apart, the tables learn, the picture is written."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import finetune_document_mask as example
+
+    arguments = ["--steps", "3", "--rows", "2", "--length", "160", "--out", str(tmp_path / "out")]
+    result = example.main(arguments)
+    assert len(result["losses"]) == 3 and all(0.5 < loss < 4.0 for loss in result["losses"])
+    assert result["picture"].stat().st_size > 10_000
+    assert "bits per byte before" in capsys.readouterr().out
+    model = result["model"].eval()
+    for layer in model.model.layers:
+        assert layer.self_attn.distance_bias.grad is None and layer.self_attn.distance_bias.abs().max() > 1e-4
+    # A document's logits do not change with what is packed beside it.
+    tokens, numbers, places = next(example.packed([text for text in example.functions() if len(text) < 90], 1, 160, 5))
+    last = int(numbers.max())
+    other = torch.where(numbers == last, tokens, (tokens + 1) % 256)
+    assert last > 0
+
+    def logits(tokens: Any) -> Any:
+        import tilewise.torch as twt
+
+        def keep(b: Any, h: Any, q: Any, k: Any) -> Any:
+            return (numbers[b, q] == numbers[b, k]) & (q >= k)
+
+        mask = twt.create_block_mask(keep, 1, None, 160, 160, "cpu")
+        return model(tokens, position_ids=places, use_cache=False, documents=mask).logits[numbers == last]
+
+    with torch.no_grad():
+        assert torch.allclose(logits(tokens), logits(other), atol=1e-5)
+    sys.modules.pop("finetune_document_mask", None)

@@ -403,7 +403,23 @@ def test_malformed_texts_name_their_line(text: str, line: int, what: str) -> Non
 
 def test_damaged_texts_are_refused_or_read(isa: str) -> None:
     rng = np.random.default_rng(3)
-    words = ["0", "1", "-1", "999", "score", "gather", "where", "nan", "capture", "return", "#", "\n", "\t", "é", "1e999"]
+    words = [
+        "0",
+        "1",
+        "-1",
+        "999",
+        "score",
+        "gather",
+        "where",
+        "nan",
+        "capture",
+        "return",
+        "#",
+        "\n",
+        "\t",
+        "é",
+        "1e999",
+    ]
     read = 0
     for trial in range(400):
         text = list(Trees(trial % 7, "score").text(6))
@@ -482,7 +498,9 @@ def test_what_floats_forbid_is_not_simplified(before: str, kept: str) -> None:
     assert np.array_equal(np.signbit(got), np.signbit(truth)) or np.isnan(truth).any()
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize(
+    "dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name
+)
 def test_captures_of_every_float_type_and_layout(isa: str, dtype: Any) -> None:
     text = "tilewise-expr 1 score\ncapture float 2\nscore\nhead\nkey\ngather 0 1 2\nquery\ngather 0 1 4\nadd 3 5\nadd 0 6\nreturn 7"
     text += "\n"

@@ -245,8 +245,11 @@ def test_additive_masks_are_read_as_bool():
     keep = torch.ones(6, 6, dtype=torch.bool).tril().view(1, 1, 6, 6)
     additive = torch.zeros(1, 1, 6, 6, dtype=torch.float64).masked_fill(~keep, torch.finfo(torch.float64).min)
     assert torch.equal(logits(model, ids, additive), logits(model, ids))
-    with pytest.raises(UnsupportedError, match="bias on the scores"):
-        logits(model, ids, additive + 0.5)
+    biased = logits(model, ids, additive + torch.linspace(0, 1, 6))
+    assert torch.allclose(
+        biased, logits(use(build("llama"), "eager"), ids, additive + torch.linspace(0, 1, 6)), atol=1e-5
+    )
+    assert not torch.allclose(biased, logits(model, ids), atol=1e-3)
     with pytest.raises(UnsupportedError, match=r"torch\.int64"):
         logits(model, ids, keep.long())
 
@@ -291,7 +294,7 @@ def test_window_without_a_mask():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("softcap", 30.0), ("position_bias", torch.zeros(1)), ("dropout", 0.1), ("indices", torch.zeros(1)),
+        ("alibi", torch.zeros(1)), ("head_mask", torch.zeros(1)), ("indices", torch.zeros(1)),
         ("cache", object()), ("output_attentions", True), ("brand_new_thing", 1),
     ],
 )  # fmt: skip
@@ -302,7 +305,7 @@ def test_attention_refuses_by_name(name, value):
     with pytest.raises(UnsupportedError, match=name):
         attention_forward(torch.nn.Module(), q, q, q, None, **{name: value})
     # ... and the same names without a value pass, like everything known to be harmless.
-    blank = {"dropout": 0.0, "output_attentions": False}.get(name)
+    blank = {"output_attentions": False}.get(name)
     attention_forward(torch.nn.Module(), q, q, q, None, **{name: blank, "position_ids": torch.arange(3)})
 
 

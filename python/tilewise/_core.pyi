@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol, TypedDict, final, type_check_only
 __all__ = [
     "Rounding",
     "attention",
+    "attention_backward",
+    "attention_forward",
     "block_mask",
     "block_mask_transpose",
     "build_info",
@@ -125,6 +127,22 @@ def block_mask(
     full_kv_indices: _Array,
 ) -> None: ...
 def block_mask_transpose(num_blocks: _Array, indices: _Array, out_num_blocks: _Array, out_indices: _Array) -> None: ...
+def attention_forward(query: _Array, key: _Array, value: _Array, out: _Array, lse: _Array, rules: object) -> None: ...
+def attention_backward(
+    query: _Array,
+    key: _Array,
+    value: _Array,
+    out: _Array,
+    lse: _Array,
+    grad_out: _Array,
+    grad_lse: _Array | None,
+    grad_query: _Array | None,
+    grad_key: _Array | None,
+    grad_value: _Array | None,
+    grad_sinks: _Array | None,
+    grad_captures: Sequence[_Array | None],
+    rules: object,
+) -> None: ...
 
 # moe
 def route(

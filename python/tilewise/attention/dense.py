@@ -13,6 +13,7 @@ from tilewise.attention.options import (
     AttentionOptions,
     check_blocks,
     check_dropout,
+    check_seed,
     check_sequences,
     expand_mask,
     window_bounds,
@@ -86,17 +87,24 @@ def _prepared(query: Any, key: Any, value: Any, options: AttentionOptions) -> tu
         block_indices=_native("block_indices", get("block_indices")),
         block_size=get("block_size") or 0,
         score_mod=score.text or None,
-        score_captures=[native(f"score_mod capture {at}", array) for at, array in enumerate(score.captures)],
+        score_captures=[_captured(f"score_mod capture {at}", array) for at, array in enumerate(score.captures)],
         mask_mod=keep.text or None,
-        mask_captures=[native(f"mask_mod capture {at}", array) for at, array in enumerate(keep.captures)],
+        mask_captures=[_captured(f"mask_mod capture {at}", array) for at, array in enumerate(keep.captures)],
         dropout=check_dropout(get("dropout", 0.0)),
-        seed=int(get("seed") or 0),
+        seed=check_seed(get("seed") or 0),
         sequences=None if sequences is None else _table("sequences", sequences, "int64"),
         block_table=None if table is None else _table("block_table", table, "int32"),
         splits=splits,
         **{name: _native(name, part) if hasattr(part, "shape") else part for name, part in blocks.items()},
     )
     return (operands[0], operands[1], operands[2]), rules
+
+
+def _captured(name: str, array: Any) -> Any:
+    """A captured array as the core reads it; small integers, which programs may capture too, become int64."""
+    if dtype_name(array) in ("int8", "int16", "uint8"):
+        return array.long() if is_torch(array) else np.asarray(array).astype(np.int64)
+    return native(name, array)
 
 
 def _native(name: str, array: Any) -> Any:
@@ -265,10 +273,11 @@ def attention_backward(
         native("lse", lse),
         native("grad_out", grad_out),
         _native("grad_lse", grad_lse),
-        *(gradient for gradient, _ in made),
+        made[0][0],
+        made[1][0],
+        made[2][0],
         sinks[0],
         [gradient for gradient, _ in captures],
         rules,
     )
-    (grad_query, grad_key, grad_value) = (result for _, result in made)
-    return AttentionGradients(grad_query, grad_key, grad_value, sinks[1], tuple(result for _, result in captures))
+    return AttentionGradients(made[0][1], made[1][1], made[2][1], sinks[1], tuple(result for _, result in captures))

@@ -15,6 +15,7 @@ __all__ = [
     "AttentionOptions",
     "check_blocks",
     "check_dropout",
+    "check_seed",
     "check_sequences",
     "expand_mask",
     "packed_sequences",
@@ -68,6 +69,13 @@ def check_dropout(dropout: float) -> float:
     if not 0.0 <= dropout <= 1.0:
         raise ArgumentError(f"dropout: expected a probability from 0 to 1, got {dropout}")
     return float(dropout)
+
+
+def check_seed(seed: int) -> int:
+    """Refuses what does not fit the 64 bits of a Philox key."""
+    if not 0 <= int(seed) < 2**64:
+        raise ArgumentError(f"seed: expected an integer from 0 to 2**64 - 1, got {seed}")
+    return int(seed)
 
 
 def expand_mask(mask: Any, shape: tuple[int, ...]) -> Any:

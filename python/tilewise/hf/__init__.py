@@ -94,7 +94,7 @@ def switch(model: PreTrainedModel, *, attention: bool = True, experts: bool = Tr
 
     Args:
         model: any model of transformers.
-        attention: switch attention; leave it out to train, since that has no backward pass yet.
+        attention: switch attention.
         experts: switch the experts, if the model has any.
 
     What ``model.set_attn_implementation`` and ``model.set_experts_implementation`` do; the latter takes names of others

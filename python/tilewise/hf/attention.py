@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tilewise import torch as twt
+from tilewise.attention.programs import added_bias
 from tilewise.errors import UnsupportedError
 
 __all__ = ["attention_forward"]
@@ -31,8 +32,6 @@ _HARMLESS = frozenset(
 )  # fmt: skip
 
 _REFUSED = {
-    "softcap": "caps the scores",
-    "position_bias": "is added to the scores",
     "indices": "selects single keys (DeepSeek sparse attention)",
     "cache": "is the paged cache of continuous batching",
     "head_mask": "scales whole heads",
@@ -42,21 +41,32 @@ _REFUSED = {
 
 def _refuse(module: nn.Module, what: str, why: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{type(module).__name__} handed `{what}` to its attention, which {why}; tilewise's hook takes masks, sliding "
-        "windows, sinks (`s_aux`) and `block_indices`. Load this model with attn_implementation='eager'."
+        f"{type(module).__name__} handed `{what}` to its attention, which {why}; tilewise's hook takes masks and "
+        "biases, sliding windows, soft caps, sinks (`s_aux`) and `block_indices`. Load this model with "
+        "attn_implementation='eager'."
     )
 
 
-def _as_bool(module: nn.Module, mask: Tensor) -> Tensor:
-    """A mask as bool, True = attend. An additive mask must hold only zero and minus infinity (or the lowest float)."""
+def _as_rules(module: nn.Module, mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A mask as ``(bool, True = attend; what is added to the scores)``; either may be None.
+
+    Additive masks of zeros and the lowest float are bools. Others are biases (with a gradient, if they require one),
+    in which the lowest float still says "do not attend", so that a row without any key is empty.
+    """
     if mask.dtype == torch.bool:
-        return mask
+        return mask, None
     if not mask.dtype.is_floating_point:
         raise _refuse(module, "attention_mask", f"is {mask.dtype}, where bool or an additive float mask is meant")
-    keep = mask == 0
-    if not bool((keep | (mask <= torch.finfo(mask.dtype).min)).all()):
-        raise _refuse(module, "attention_mask", "holds numbers other than 0 and the lowest float: a bias on the scores")
-    return keep
+    keep = mask > torch.finfo(mask.dtype).min
+    if not mask.requires_grad and bool(((mask == 0) | ~keep).all()):
+        return keep, None
+    return keep, torch.where(keep, mask, 0.0)
+
+
+def _four_axes(module: nn.Module, name: str, bias: Tensor) -> Tensor:
+    if bias.dim() > 4:
+        raise _refuse(module, name, f"has {bias.dim()} axes, where [batch, heads, queries, keys] is meant")
+    return bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
 
 
 def _block_size(module: nn.Module) -> int:
@@ -81,22 +91,29 @@ def attention_forward(
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
     block_indices: Tensor | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a transformers module, with the meaning of ``sdpa_attention_forward``.
+    """Attention of a transformers module, with the meaning of ``sdpa_attention_forward`` and with gradients.
+
+    Differentiable by queries, keys, values, sinks and additive masks; it trains.
 
     Args:
         module: the calling module; read for ``is_causal``, ``sinks``, ``indexer`` and ``config``.
         query: ``[B, Hq, Sq, D]``.
         key, value: ``[B, Hk, Sk, D]``, before any repetition of heads.
-        attention_mask: ``None`` (causal if the module is and ``Sq > 1``), bool, or additive with zeros and the
-            lowest float only; broadcastable to ``[B, Hq, Sq, Sk]``.
-        dropout: must be 0.
+        attention_mask: ``None`` (causal if the module is and ``Sq > 1``), bool, or additive, in which the lowest float
+            masks; broadcastable to ``[B, Hq, Sq, Sk]``.
+        dropout: probability that a weight is dropped (modules pass 0 in evaluation); the seed is drawn from torch's
+            generator.
         scaling: factor on the scores; ``1 / sqrt(D)`` when ``None``.
         is_causal: overrides ``module.is_causal``.
         sliding_window: already in the mask; applied here where no mask was built.
         s_aux: ``[Hq]``, the attention sinks of gpt-oss; ``module.sinks`` when not given.
         block_indices: ``[B, groups, Sq, K]``, key blocks chosen by the indexer of MiniMax-M3, ANDed with the mask.
+        softcap: ``s -> softcap * tanh(s / softcap)``, as in Gemma 2.
+        position_bias: added to the scores, broadcastable as the mask.
         kwargs: known-harmless ones are ignored, others refused.
 
     A query that sees no key gives zeros. MiniMax-M3 with left padding is the one place where that shows: its indexer
@@ -107,11 +124,9 @@ def attention_forward(
         ``[B, Sq, Hq, D]`` contiguous, and ``None`` for the weights, which are never formed.
 
     Raises:
-        UnsupportedError: dropout, an argument that changes the scores, or an unknown argument.
+        UnsupportedError: an argument that changes the scores in another way, or an unknown argument.
         DeviceError: tensors that are not on the CPU.
     """
-    if dropout:
-        raise _refuse(module, f"dropout={dropout}", "drops weights in training; set attention_dropout to 0")
     for name, argument in kwargs.items():
         if argument is None or name in _HARMLESS:
             continue
@@ -136,10 +151,14 @@ def attention_forward(
             # transformers leaves the mask out here only for the prefill of an empty static cache, whose
             # unused tail lies behind the queries (its causality is aligned top-left).
             key, value = key[:, :, :query_length], value[:, :, :query_length]
+            position_bias = None if position_bias is None else position_bias[..., :query_length]
         if sliding_window is not None and is_causal:
             window = (int(sliding_window) - 1, -1)
-    else:
-        attention_mask = _as_bool(module, attention_mask)
+    bias: Tensor | None = None
+    if attention_mask is not None:
+        attention_mask, bias = _as_rules(module, attention_mask)
+    if position_bias is not None:
+        bias = position_bias if bias is None else position_bias + bias
     if query.shape[0] == 1 and key.shape[0] > 1:  # learned queries, shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
 
@@ -151,6 +170,9 @@ def attention_forward(
         causal=causal,
         window=window,
         mask=attention_mask,
+        score_mod=None if bias is None else added_bias(_four_axes(module, "position_bias", bias)),
+        softcap=softcap or 0.0,
+        dropout=dropout,
         sinks=s_aux,
         block_indices=block_indices,
         block_size=None if block_indices is None else _block_size(module),

@@ -177,6 +177,7 @@ def attention_backward(
     sinks: ArrayLike | None = None,
     softcap: float = 0.0,
     score_mod: str | None = None,
+    score_gradient: str | None = None,
     score_captures: Any = (),
     bias: ArrayLike | None = None,
     dropout: float = 0.0,
@@ -186,7 +187,8 @@ def attention_backward(
 ) -> Gradients:
     """Gradients of a loss whose gradients by :func:`attention`'s results are `grad_out` and `grad_lse`.
 
-    Arguments as in :func:`attention`. A row that sees no key has no gradient (but its sink's share of `grad_lse`).
+    Arguments as in :func:`attention`; `score_gradient` is the gradient program of `score_mod` (the core derives it;
+    :func:`tilewise.reference.expr.gradients` says what it means). A row that sees no key has no gradient (but its sink's share of `grad_lse`).
 
     Example:
         >>> import numpy as np
@@ -220,9 +222,8 @@ def attention_backward(
     grad_bias = None if bias is None else _summed(grad_score, np.shape(bias))
     grad_captures: list[Float | None] = []
     if score_mod is not None:
-        grad_score, grad_captures = _through(
-            score_mod, score_captures, grad_score, p, softcap, first_batch, len(list(score_captures))
-        )
+        assert score_gradient is not None, "the gradient program of score_mod is missing"
+        grad_score, grad_captures = _through(score_gradient, score_captures, grad_score, p, softcap, first_batch)
     if softcap > 0:
         grad_score = np.where(p.keep, grad_score * (1 - np.tanh(p.plain / softcap) ** 2), 0.0)
     grad_q, grad_k = np.zeros(p.q.shape), np.zeros(p.k.shape)
@@ -236,14 +237,19 @@ def attention_backward(
     )
 
 
-def _through(
-    text: str, captures: Any, grad: Float, p: _Problem, softcap: float, first_batch: int, count: int
-) -> tuple[Float, list[Float | None]]:
+def _through(text: str, captures: Any, grad: Float, p: _Problem, softcap: float, first: int) -> Any:
     """The gradient by the score that entered a program, and by what the program captured."""
     from tilewise.reference import expr
 
     score = p.plain if softcap <= 0 else softcap * np.tanh(p.plain / softcap)
-    return expr.differentiate(text, captures, score=score, grad=grad, keep=p.keep, first_batch=first_batch)
+    batch, heads, queries, keys = score.shape
+    before = np.zeros((first, heads, queries, keys))  # programs count batches from 0
+    by_score, by_captures = expr.gradients(
+        text, captures, batch=first + batch, heads=heads, queries=queries, keys=keys,
+        score=np.concatenate([before, score]), grad=np.concatenate([before, grad]),
+    )  # fmt: skip
+    # A derivative may be infinite where nothing is kept.
+    return np.where(p.keep, by_score[first:], 0.0), by_captures
 
 
 def _pooled(grad: Float, key_heads: int) -> Float:

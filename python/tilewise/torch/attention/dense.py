@@ -13,6 +13,7 @@ from tilewise.attention.options import (
     AttentionOptions,
     check_blocks,
     check_dropout,
+    check_seed,
     check_sequences,
     expand_mask,
     window_bounds,
@@ -37,8 +38,8 @@ def _mod_of_mask(block_mask: Any) -> Mod:
 
 
 # torch.compile does not follow a trace, so one within a graph breaks it; a Mod, or a mask that has one, does not.
-_mod_apart = torch.compiler.disable(_mod)
-_mod_of_mask_apart = torch.compiler.disable(_mod_of_mask)
+_mod_apart: Any = torch.compiler.disable(_mod)
+_mod_of_mask_apart: Any = torch.compiler.disable(_mod_of_mask)
 
 
 def traced(function: Any, kind: str) -> Program:
@@ -67,7 +68,8 @@ def as_seed(seed: int | Tensor | None, dropout: float) -> Tensor | None:
         if seed.numel() != 1 or seed.dtype != torch.int64:
             raise ArgumentError(f"seed: expected an integer or one int64, got {seed.dtype} {list(seed.shape)}")
         return seed.reshape(())
-    return torch.tensor(int(seed), dtype=torch.int64)
+    seed = check_seed(seed)
+    return torch.tensor(seed if seed < 2**63 else seed - 2**64, dtype=torch.int64)
 
 
 @overload

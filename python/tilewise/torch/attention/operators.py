@@ -17,7 +17,7 @@ from torch import Tensor
 from tilewise import _core
 from tilewise.attention.programs import Program
 from tilewise.attention.rules import Rules
-from tilewise.errors import ArgumentError, ShapeError, UnsupportedError
+from tilewise.errors import ArgumentError, DeviceError, ShapeError, UnsupportedError
 from tilewise.torch._library import autocast_dtype, define, differentiate, refuse_device
 
 __all__ = ["attend", "random_seed", "rules_of"]
@@ -53,7 +53,7 @@ def rules_of(arguments: Sequence[Any]) -> Rules:
     for name in _LISTS:
         fields[name] = [capture.detach() for capture in fields[name]]
     seed = fields["seed"]
-    fields["seed"] = 0 if seed is None else int(seed)
+    fields["seed"] = 0 if seed is None else int(seed) % 2**64  # the bits of an int64
     return Rules(**fields)
 
 
@@ -83,7 +83,11 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, T
 
 
 _forward = define(
-    "attention", f"(Tensor query, Tensor key, Tensor value, {_ARGUMENTS}) -> (Tensor, Tensor)", _kernel, _fake
+    "attention",
+    f"(Tensor query, Tensor key, Tensor value, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    _kernel,
+    _fake,
+    cuda=("tilewise.cuda.attention.operators", "forward_operator"),
 )
 
 
@@ -136,6 +140,7 @@ _backward = define(
     f"{_ARGUMENTS}, bool[] wanted) -> Tensor[]",
     _backward_kernel,
     _backward_fake,
+    cuda=("tilewise.cuda.attention.operators", "backward_operator"),
 )
 
 _FIRST_LIST = 3 + len(_TENSORS)
@@ -198,6 +203,20 @@ def random_seed(dropout: float) -> Tensor | None:
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64) if dropout > 0 else None
 
 
+def _captured(program: Program) -> list[Tensor]:
+    """Captures as the core reads them: small integers, which programs may capture too, become int64."""
+    small = (torch.int8, torch.int16, torch.uint8)
+    return [x.long() if x.dtype in small else x for x in program.captures]
+
+
+def _check_together(device: torch.device, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise DeviceError(
+                f"{name}: expected a tensor on {device} as query, got {tensor.device}; use x.to(query.device)"
+            )
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -219,7 +238,7 @@ def attend(
         fields: other fields of :class:`~tilewise.attention.rules.Rules`; the seed as a tensor.
 
     Raises:
-        ShapeError: not of rank 4. DeviceError: on a device that no kernel of this build takes.
+        ShapeError: not of rank 4. DeviceError: on a device that no kernel of this build takes, or on several.
         UnsupportedError: a captured tensor of the mask program that requires a gradient.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -232,7 +251,11 @@ def attend(
                 f"mask_mod: captured tensor {number} requires a gradient, and a mask has none; detach it, or write the "
                 "rule as a score_mod"
             )
-    refuse_device(query=query, key=key, value=value, **{name: fields.get(name) for name in _TENSORS[:-1]})
+    optional: dict[str, Any] = {name: fields.get(name) for name in _TENSORS[:-1]}
+    refuse_device(cuda=True, query=query, key=key, value=value, **optional)
+    _check_together(query.device, key=key, value=value, **optional)
+    for kind, program in (("score_mod", score), ("mask_mod", keep)):
+        _check_together(query.device, **{f"{kind} capture {at}": x for at, x in enumerate(program.captures)})
     dtype = autocast_dtype(query.device.type)
     if dtype is not None:  # as torch does, double precision is left alone
         query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
@@ -246,7 +269,7 @@ def attend(
     }
     fields = defaults | fields
     fields |= {"score_mod": score.text or None, "mask_mod": keep.text or None, "threshold": threshold}
-    fields |= {"score_captures": list(score.captures), "mask_captures": list(keep.captures)}
+    fields |= {"score_captures": _captured(score), "mask_captures": _captured(keep)}
     head_dim = query.shape[3]
     fields["scale"] = float(scale) if scale is not None else head_dim**-0.5 if head_dim else 0.0
     unknown = fields.keys() - set(_FIELDS)
