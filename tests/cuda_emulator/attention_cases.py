@@ -16,16 +16,6 @@ from tilewise.reference import expr
 from tilewise.reference.attention.visible import visible
 from tilewise.testing import assert_within_budget
 
-if not hasattr(expr, "differentiate"):  # TODO drop when the reference has it
-
-    def _differentiate(text: str, captures: Any, *, score: Any, grad: Any, keep: Any, first_batch: int) -> Any:
-        assert first_batch == 0
-        batch, heads, queries, keys = score.shape
-        extents = {"batch": batch, "heads": heads, "queries": queries, "keys": keys}
-        return expr.gradients(_core.expr_gradient(text), captures, score=score, grad=np.where(keep, grad, 0), **extents)
-
-    expr.differentiate = _differentiate
-
 # tanh(cap) of the score plus a bias of (head, query - key).
 SCORE = """tilewise-expr 1 score
 capture float 2
@@ -177,6 +167,11 @@ def options_of(case: Case) -> dict[str, Any]:
     return options
 
 
+def gradient_of(case: Case) -> str:
+    """The derivative of the score program."""
+    return _core.expr_gradient(case.rules["score_mod"])
+
+
 def _plain(case: Case) -> tuple[np.ndarray, ...]:
     """Forward and backward with every intermediate result rounded to the type: what a plain run loses."""
     options, dtype = options_of(case), case.query.dtype
@@ -244,7 +239,8 @@ def check(case: Case, place: Place, *, backward: bool = True, **changes: Any) ->
     if backward:
         found = run_backward(case, place, out, lse, **changes)
         with np.errstate(all="ignore"):
-            grads = reference.attention_backward(q, k, v, case.grad_out, grad_lse=case.grad_lse, **options)
+            slopes = {} if case.rules.get("score_mod") is None else {"score_gradient": gradient_of(case)}
+            grads = reference.attention_backward(q, k, v, case.grad_out, grad_lse=case.grad_lse, **slopes, **options)
         wanted = [grads.query, grads.key, grads.value, grads.sinks, *grads.captures]
         for got, truth, lossy in zip(found, wanted, plain[2:], strict=True):
             if got is None:

@@ -267,26 +267,21 @@ def _specimens() -> tuple[Kernel, ...]:
         kernels.extend(key_gradient(shape, what, features, of) for what in whats)
 
     everything = LISTS | DROPOUT | DENSE
-    for width, value_width in ((64, 64), (128, 128), (192, 128), (256, 256)):
-        forwards("bfloat16", width, value_width, 0, NO_MOD)
     for width in (64, 128, 256):
+        forwards("bfloat16", width, width, 0, NO_MOD)
         backwards("bfloat16", width, width, 0, NO_MOD)
+    for width in (128, 256):
         forwards("bfloat16", width, width, everything | PAGED, mod)
-    forwards("bfloat16", 128, 128, 0, mod)
-    backwards("bfloat16", 128, 128, 0, mod)
-    backwards("bfloat16", 128, 128, everything, mod)
-    backwards("bfloat16", 256, 256, everything, mod)
-    forwards("bfloat16", 128, 128, SPLIT, NO_MOD, spread=True)
+        backwards("bfloat16", width, width, everything, mod)
     forwards("bfloat16", 256, 256, PAGED | SPLIT, mod, spread=True)
-    forwards("float16", 128, 128, 0, NO_MOD)
-    for width in (64, 128):
-        forwards("bfloat16", width, width, 0, NO_MOD, warpgroups=True)
-        forwards("bfloat16", width, width, everything | PAGED, mod, warpgroups=True)
+    for features, of in ((0, NO_MOD), (everything | PAGED, mod)):
+        forwards("bfloat16", 128, 128, features, of, warpgroups=True)
     forwards("float16", 128, 64, 0, NO_MOD, warpgroups=True)
+    forwards("float16", 64, 64, 0, NO_MOD)
     backwards("float16", 64, 64, 0, NO_MOD)
     forwards("float32", 256, 256, 0, NO_MOD)
-    backwards("float32", 256, 256, 0, NO_MOD)
     forwards("float32", 128, 128, everything | PAGED | SPLIT, mod, spread=True)
+    backwards("float32", 256, 256, 0, NO_MOD)
     backwards("float32", 128, 128, everything, mod)
     return tuple(kernels)
 
