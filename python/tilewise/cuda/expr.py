@@ -411,7 +411,7 @@ def render(
     lines += _function("bool", "mask", "", mask_body)
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
     # A text with several kernels defines it once.
-    guard = f"TILEWISE_MOD_{digest}"
+    guard = f"MOD_{digest}_IS_DEFINED"
     head = f"#ifndef {guard}\n#define {guard}\nnamespace tilewise {{\nstruct Mod_{digest} {{"
     text = "\n".join((head, *lines, "};\n}  // namespace tilewise\n#endif\n"))
     return Mod(f"tilewise::Mod_{digest}", text, digest, tuple(captures))

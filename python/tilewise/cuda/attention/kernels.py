@@ -157,6 +157,7 @@ def _parameters(*values: object) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def forward(shape: ForwardShape, features: int, mod: Mod) -> Kernel:
+    """The forward pass, or with SPLIT its part of the keys."""
     kind, widths = TYPES[shape.dtype], (shape.key_width, shape.value_width)
     suffix = "_spread" if shape.spread else "_warpgroups" if shape.warpgroups else ""
     label = f"forward_{kind}_{widths[0]}x{widths[1]}_r{shape.row_groups}{suffix}_f{features}"
@@ -167,6 +168,7 @@ def forward(shape: ForwardShape, features: int, mod: Mod) -> Kernel:
 
 @functools.lru_cache(maxsize=1024)
 def query_gradient(shape: BackwardShape, features: int, mod: Mod) -> Kernel:
+    """Gradients of queries, and by atomics of what programs captured."""
     kind, tile = TYPES[shape.dtype], (shape.key_width, shape.value_width, shape.warps, shape.walked)
     label = f"query_gradient_{kind}_{tile[0]}x{tile[1]}_f{features}"
     parameters = _parameters(f"tilewise::{kind}", *tile, 1, features, mod.name)
@@ -175,6 +177,7 @@ def query_gradient(shape: BackwardShape, features: int, mod: Mod) -> Kernel:
 
 @functools.lru_cache(maxsize=1024)
 def key_gradient(shape: BackwardShape, what: int, features: int, mod: Mod) -> Kernel:
+    """Gradients of keys (`what` has GRAD_KEY), of values (GRAD_VALUE), or of both."""
     kind, tile = TYPES[shape.dtype], (shape.key_width, shape.value_width, shape.warps, shape.walked)
     label = f"key_gradient{what}_{kind}_{tile[0]}x{tile[1]}_f{features}"
     parameters = _parameters(f"tilewise::{kind}", *tile, what, 1, features, mod.name)
@@ -182,24 +185,29 @@ def key_gradient(shape: BackwardShape, what: int, features: int, mod: Mod) -> Ke
 
 
 def combine(dtype: str) -> Kernel:
+    """Parts of rows, each over its own keys, put together."""
     kind = TYPES[dtype]
     return _kernel("COMBINE", f"combine_{kind}", NO_MOD, f"tilewise::{kind}, {ROW_WARPS}", 0)
 
 
 def delta(dtype: str) -> Kernel:
+    """Of each row the sum of out * grad_out, less grad_lse."""
     kind = TYPES[dtype]
     return _kernel("DELTA", f"delta_{kind}", NO_MOD, f"tilewise::{kind}, {ROW_WARPS}", 0)
 
 
 def sink_gradient() -> Kernel:
+    """Gradients of the sinks."""
     return _kernel("SINK_GRADIENT", "sink_gradient", NO_MOD, str(SINK_WARPS), SINK_WARPS * 4)
 
 
 def mark_blocks() -> Kernel:
+    """A map of the listed blocks."""
     return _kernel("MARK_BLOCKS", "mark_blocks", NO_MOD, str(BLOCK_WARPS), 0)
 
 
 def turn_blocks() -> Kernel:
+    """Of each key block the query blocks that list it."""
     return _kernel("TURN_BLOCKS", "turn_blocks", NO_MOD, str(BLOCK_WARPS), 0)
 
 
