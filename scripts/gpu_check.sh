@@ -35,8 +35,9 @@ print("tilewise", tilewise.__version__, tilewise.__file__, "| torch", torch.__ve
 reason = tilewise.cuda.why_not()
 print(torch.cuda.get_device_name() if reason is None else reason)
 raise SystemExit(reason is not None)'
-cases=(tests/test_cuda_routers.py tests/test_cuda_moe.py tests/test_cuda_sorting.py tests/test_cuda_experts.py)
-part tests "${pytest[@]}" -m gpu "${cases[@]}" tests/test_cuda_experts_gpu.py
+cases=(tests/test_cuda_routers.py tests/test_cuda_moe.py tests/test_cuda_sorting.py tests/test_cuda_experts.py
+  tests/test_cuda_expr.py tests/test_cuda_attention.py)
+part tests "${pytest[@]}" -m gpu "${cases[@]}" tests/test_cuda_experts_gpu.py tests/test_cuda_attention_gpu.py
 TILEWISE_CUDA_WARPGROUPS=1 part warpgroups "${pytest[@]}" -m gpu tests/test_cuda_experts.py tests/test_cuda_experts_gpu.py
 part gate "${pytest[@]}" tests/test_cuda_source.py
 if command -v compute-sanitizer >/dev/null; then
@@ -52,5 +53,6 @@ else
   echo "== no compute-sanitizer here"
 fi
 part bench "$python" scripts/gpu_bench.py --out "$out/gpu.json"
+part bench_attention "$python" scripts/gpu_bench_attention.py --out "$out/gpu_attention.json"
 echo "== $failed part(s) failed"
 exit "$failed"

@@ -19,4 +19,7 @@ __device__ __forceinline__ void store_16(void* target, const u32 (&word)[4]) {
                  : "memory");
 }
 
+// The order in which threads add is the machine's.
+__device__ __forceinline__ void atomic_add(f32* target, f32 value) { atomicAdd(target, value); }
+
 }  // namespace tilewise

@@ -22,6 +22,9 @@ __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 
 __device__ __forceinline__ i32 count_bits(u32 x) { return __popc(x); }
 
+// The compiler no longer knows what `x` is: what follows from it is computed again instead of kept.
+__device__ __forceinline__ void forget(i64& x) { asm volatile("" : "+l"(x)); }
+
 // The xor tree adds in the same order for every lane, so all lanes hold the same bits.
 __device__ __forceinline__ f32 warp_sum(f32 x) {
 #pragma unroll
@@ -35,6 +38,18 @@ template <i32 LANES> __device__ __forceinline__ f32 group_sum(f32 x) {
     for (i32 step = LANES / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
     return x;
 }
+
+// The largest number of each group of LANES lanes, or -inf; NaN is passed over.
+template <i32 LANES> __device__ __forceinline__ f32 group_max(f32 x) {
+#pragma unroll
+    for (i32 step = LANES / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
+    return x;
+}
+
+// A bit for each lane whose `x` is true.
+__device__ __forceinline__ u32 warp_ballot(bool x) { return __ballot_sync(ALL_LANES, x); }
+
+__device__ __forceinline__ bool warp_any(bool x) { return __any_sync(ALL_LANES, x); }
 
 // NaN is passed over: the largest number, or -inf.
 __device__ __forceinline__ f32 warp_max(f32 x) {

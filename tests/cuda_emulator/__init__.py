@@ -30,6 +30,7 @@ import pytest
 import tilewise.cuda
 from tilewise import _core
 from tilewise.cuda import launch
+from tilewise.cuda.attention import problem
 from tilewise.cuda.kernel import Kernel, registered
 
 HERE = Path(__file__).parent
@@ -40,7 +41,7 @@ def compiler() -> str | None:
     return next((found for found in map(shutil.which, ("c++", "g++", "clang++")) if found), None)
 
 
-def build(source_directory: Path, work: Path, kernels: Iterable[Kernel]) -> ctypes.CDLL:
+def build(source_directory: Path, work: Path, kernels: Iterable[Kernel]) -> Path:
     """Compile kernels for the CPU. ``source_directory`` must be what TILEWISE_CUDA_SOURCE_DIR says."""
     for part in ("common", "ptx"):
         shutil.copytree(HERE / part, source_directory / part, dirs_exist_ok=True)
@@ -52,7 +53,7 @@ def build(source_directory: Path, work: Path, kernels: Iterable[Kernel]) -> ctyp
     source.write_text(f'#include "{HERE / "emulator.h"}"\n{text}')
     command = [compiler() or "c++", "-std=c++20", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
     subprocess.run([*command, str(source), "-o", str(library)], check=True, capture_output=True, text=True)
-    return ctypes.CDLL(str(library))
+    return library
 
 
 class Array(np.ndarray):
@@ -78,7 +79,7 @@ class _Device:
     def __exit__(self, *error: object) -> None: ...
 
 
-def fake_cupy(library: ctypes.CDLL) -> types.ModuleType:
+def fake_cupy() -> types.ModuleType:
     """A module with the part of CuPy that tilewise uses. Fresh arrays are poisoned: NaN, or a large integer."""
 
     def empty(shape: Any, dtype: Any) -> Array:
@@ -88,9 +89,11 @@ def fake_cupy(library: ctypes.CDLL) -> types.ModuleType:
 
     class RawModule:
         def __init__(self, *, path: str) -> None:
-            assert Path(path).read_bytes().startswith(b"\x7fELF")
+            self.library = ctypes.CDLL(path)
 
         def get_function(self, name: str) -> Any:
+            library = self.library
+
             def call(grid: Any, block: Any, values: tuple[Any, ...], *, shared_mem: int) -> None:
                 assert shared_mem <= getattr(call, "max_dynamic_shared_size_bytes", 48 * 1024)
                 sizes = (ctypes.c_int * 64)()
@@ -102,7 +105,8 @@ def fake_cupy(library: ctypes.CDLL) -> types.ModuleType:
                 library.emulator_shared(ctypes.c_long(shared_mem))
                 getattr(library, f"emulate_{name}")(pointers, *extents)
                 library.emulator_fault.restype = ctypes.c_char_p
-                assert library.emulator_fault() == b""
+                fault = library.emulator_fault()
+                assert fault == b"", fault
 
             return call
 
@@ -128,30 +132,43 @@ class Place:
 
 
 @functools.cache
-def _library() -> tuple[ctypes.CDLL, Path]:
-    """All kernels compiled for the CPU, once a process, and a file that stands for every cubin."""
+def _work() -> Path:
+    """A directory for this process, with the sources in it that the emulator compiles."""
     work = Path(tempfile.mkdtemp(prefix="tilewise-emulator-"))
     shutil.copytree(HERE.parent.parent / "cuda", work / "cuda")
-    (work / "any.cubin").write_bytes(b"\x7fELF")
     atexit.register(shutil.rmtree, work, ignore_errors=True)
+    return work
+
+
+@functools.cache
+def _library(kernel: Kernel | None) -> Path:
+    """A kernel of the attention room compiled for the CPU; for ``None`` all of the moe room, which belong together."""
+    kernels = [kernel] if kernel else [kernel for kernel in registered() if kernel.entry == "moe.cuh"]
+    work = _work() / (kernel.name if kernel else "moe")
+    work.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TILEWISE_CUDA_SOURCE_DIR", str(work / "cuda"))
-        return build(work / "cuda", work, registered()), work / "any.cubin"
+        patch.setenv("TILEWISE_CUDA_SOURCE_DIR", str(_work() / "cuda"))
+        return build(_work() / "cuda", work, kernels)
+
+
+def _emulated_cubin(kernel: Kernel, _: str) -> Path:
+    """What stands for a cubin. The gate compiles the real ones, once."""
+    return _library(None if kernel.entry == "moe.cuh" else kernel)
 
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     if compiler() is None:
         pytest.skip("the emulator needs a C++ compiler")
-    library, cubin = _library()
-    monkeypatch.setattr(launch, "cubin", lambda kernel, architecture: cubin)  # the gate compiles them all, once
-    monkeypatch.setitem(sys.modules, "cupy", fake_cupy(library))
+    monkeypatch.setattr(launch, "cubin", _emulated_cubin)
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
     _forget()
     yield Place("emulated", lambda array: array.view(Array), np.asarray)
     _forget()
 
 
 def _forget() -> None:
+    problem._FAULTS.clear()
     launch._function.cache_clear()
     launch._architecture.cache_clear()
 

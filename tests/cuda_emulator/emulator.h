@@ -27,6 +27,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static
 
 struct Extent {
@@ -67,7 +68,7 @@ struct Thread {
     std::vector<std::size_t> committed;  // how many of them each group ends at
     std::vector<Product> products;       // not yet waited for
     std::vector<std::size_t> product_groups;
-    bool published = true;               // whether arrived copies have been shown to the tensor cores
+    std::vector<std::size_t> unpublished;  // chunks it has written and not yet shown to the tensor cores
 };
 
 static std::vector<Thread> threads;
@@ -78,7 +79,21 @@ static std::string fault;
 static void (*body)(void*);
 static void* body_context;
 alignas(1024) static char dynamic_shared[DYNAMIC_SHARED];
+static bool unpublished[DYNAMIC_SHARED / 16];  // of each chunk: whether tensor cores may still see what was there before
 static std::size_t dynamic_shared_used;
+
+// This thread has written 16 bytes of shared memory.
+inline void wrote(const void* target) {
+    const std::size_t chunk = static_cast<std::size_t>(static_cast<const char*>(target) - dynamic_shared) / 16;
+    if (chunk >= DYNAMIC_SHARED / 16) return;
+    unpublished[chunk] = true;
+    threads[current].unpublished.push_back(chunk);
+}
+
+inline void publish() {
+    for (const std::size_t chunk : threads[current].unpublished) unpublished[chunk] = false;
+    threads[current].unpublished.clear();
+}
 
 inline void enter() {
     body(body_context);
@@ -131,6 +146,7 @@ inline void run_block() {
     threads.resize(count);
     mailbox.assign((count + WARP - 1) / WARP * 2 * WORDS * WARP, 0);
     std::memset(dynamic_shared, 0xff, dynamic_shared_used);
+    std::memset(unpublished, 0, sizeof unpublished);
     for (unsigned i = 0; i < count; ++i) {
         Thread& thread = threads[i];
         thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
@@ -140,7 +156,7 @@ inline void run_block() {
         thread.committed.clear();
         thread.products.clear();
         thread.product_groups.clear();
-        thread.published = true;
+        thread.unpublished.clear();
     }
     for (bool running = true; running;) {
         running = false;

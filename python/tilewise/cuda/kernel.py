@@ -14,7 +14,7 @@ TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 #: Rooms with device code; each module has a tuple ``KERNELS``.
-ROOMS = ("moe",)
+ROOMS = ("moe", "attention")
 
 
 @dataclass(frozen=True)

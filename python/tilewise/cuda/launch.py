@@ -8,6 +8,7 @@ a tensor has imported it.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from tilewise.cuda.compile import architecture_for, check_compiler, cubin
 from tilewise.cuda.kernel import Kernel
 from tilewise.errors import ArgumentError, DeviceError, DtypeError, MissingExtraError, UnsupportedError
 
-__all__ = ["DeviceArray", "architecture", "describe", "empty", "launch", "why_not"]
+__all__ = ["DeviceArray", "architecture", "describe", "empty", "launch", "warpgroups_wanted", "why_not"]
 
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
 _SHARED_BY_DEFAULT = 48 * 1024  # bytes a block may have without asking
@@ -173,6 +174,18 @@ def _architecture(device: int) -> str:
 def architecture(like: DeviceArray) -> str:
     """What kernels for the GPU of `like` are compiled for, e.g. ``sm_90a``."""
     return _architecture(like.device)
+
+
+def warpgroups_wanted() -> bool:
+    """Whether ``TILEWISE_CUDA_WARPGROUPS=1`` asks for the engines of warpgroups, where a GPU has them (sm_90a).
+
+    Raises:
+        ArgumentError: the variable is neither 0 nor 1.
+    """
+    value = os.environ.get("TILEWISE_CUDA_WARPGROUPS", "0")
+    if value not in ("0", "1"):
+        raise ArgumentError(f"TILEWISE_CUDA_WARPGROUPS must be 0 (mma.sync everywhere) or 1, got {value!r}")
+    return value == "1"
 
 
 @functools.cache

@@ -19,4 +19,6 @@ inline void store_16(void* target, const u32 (&word)[4]) {
     std::memcpy(target, word, 16);
 }
 
+inline void atomic_add(f32* target, f32 value) { *target += value; }
+
 }  // namespace tilewise

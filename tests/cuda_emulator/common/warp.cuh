@@ -36,6 +36,8 @@ inline u32 warp_match(u32 x) {
 
 inline void warp_barrier() { emulator::exchange(0); }
 
+inline void forget(i64&) {}
+
 inline i32 count_bits(u32 x) { return __builtin_popcount(x); }
 
 template <i32 LANES> inline f32 group_sum(f32 x) {
@@ -44,6 +46,28 @@ template <i32 LANES> inline f32 group_sum(f32 x) {
         x += __uint_as_float(static_cast<u32>(emulator::exchange(__float_as_uint(x))[lane ^ step]));
     }
     return x;
+}
+
+template <i32 LANES> inline f32 group_max(f32 x) {
+    const i32 lane = lane_id();
+    for (i32 step = LANES / 2; step > 0; step /= 2) {
+        x = fmaxf(x, __uint_as_float(static_cast<u32>(emulator::exchange(__float_as_uint(x))[lane ^ step])));
+    }
+    return x;
+}
+
+inline u32 warp_ballot(bool x) {
+    const std::uint64_t* all = emulator::exchange(x);
+    u32 bits = 0;
+    for (i32 lane = 0; lane < WARP; ++lane) bits |= static_cast<u32>(all[lane] != 0) << lane;
+    return bits;
+}
+
+inline bool warp_any(bool x) {
+    const std::uint64_t* all = emulator::exchange(x);
+    bool any = false;
+    for (i32 lane = 0; lane < WARP; ++lane) any |= all[lane] != 0;
+    return any;
 }
 
 inline f32 warp_sum(f32 x) { return group_sum<WARP>(x); }

@@ -16,7 +16,7 @@ inline void async_copy_16(shared_t target, const void* source, bool wanted) {
         thread.copies.push_back(copy);
     } else {
         emulator::make(copy);
-        thread.published = false;
+        emulator::wrote(copy.target);
     }
 }
 
@@ -29,8 +29,10 @@ template <i32 PENDING> inline void async_wait() {
     emulator::Thread& thread = emulator::threads[emulator::current];
     if (thread.committed.size() <= PENDING) return;
     const std::size_t arrived = thread.committed.size() - PENDING, count = thread.committed[arrived - 1];
-    if (count > 0) thread.published = false;
-    for (std::size_t i = 0; i < count; ++i) emulator::make(thread.copies[i]);
+    for (std::size_t i = 0; i < count; ++i) {
+        emulator::make(thread.copies[i]);
+        emulator::wrote(thread.copies[i].target);
+    }
     thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<std::ptrdiff_t>(count));
     thread.committed.erase(thread.committed.begin(), thread.committed.begin() + static_cast<std::ptrdiff_t>(arrived));
     for (std::size_t& end : thread.committed) end -= count;

@@ -22,6 +22,7 @@ template <class T> inline T* shared_pointer(shared_t address, std::size_t bytes)
 
 inline void store_shared_16(shared_t target, const u32 (&word)[4]) {
     std::memcpy(shared_pointer<char>(target, 16), word, 16);
+    emulator::wrote(reinterpret_cast<const void*>(target));
 }
 
 inline void load_shared_16(shared_t source, f32 (&value)[4]) {

@@ -16,7 +16,7 @@ inline u64 descriptor(shared_t tile, i32 slab) {
     return address >> 4 | static_cast<u64>(slab >> 4) << 16 | static_cast<u64>(1024 >> 4) << 32 | static_cast<u64>(1) << 62;
 }
 
-inline void publish_copies() { emulator::threads[emulator::current].published = true; }
+inline void publish_copies() { emulator::publish(); }
 
 inline void warpgroup_begin() {}
 
@@ -54,6 +54,7 @@ template <class T> inline double operand(u64 descriptor, bool across, i32 free, 
     u64 address = across ? start + free / 64 * lead + free % 64 * 2 + depth / 8 * step + depth % 8 * 128
                          : start + free / 8 * step + free % 8 * 128 + depth * 2;
     address ^= (address >> 7 & 7) << 4;
+    if (emulator::unpublished[address / 16]) emulator::fault = "operands were not published to the tensor cores";
     return to_f32(*shared_pointer<T>(shared_address(emulator::dynamic_shared) + address, 2));
 }
 
@@ -62,7 +63,6 @@ template <bool LEFT_ACROSS, bool RIGHT_ACROSS, class T>
 inline void warpgroup_multiply_add(T, f32 (&sum)[128], u64 left, u64 right, bool add) {
     const i32 row = static_cast<i32>(threadIdx.x) / WARP % 4 * 16 + lane_id() / 4, pair = lane_id() % 4 * 2;
     emulator::Thread& thread = emulator::threads[emulator::current];
-    if (!thread.published) emulator::fault = "operands were not published to the tensor cores";
     emulator::Product product;
     product.compute = [=] {
         double upper[16], lower[16];

@@ -7,16 +7,14 @@ multiplies (:class:`Engine`); activation, layout and biases are arguments, so no
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tilewise.cuda.kernel import ITEMSIZES, TYPES, Kernel
-from tilewise.cuda.launch import DeviceArray, architecture, empty, launch
+from tilewise.cuda.launch import DeviceArray, architecture, empty, launch, warpgroups_wanted
 from tilewise.cuda.moe.sorting import TILE, Plan
-from tilewise.errors import ArgumentError
 from tilewise.moe import ACTIVATIONS
 
 __all__ = ["KERNELS", "Problem", "bias_gradient", "down", "down_gradient", "input_gradient", "score_gradient", "up"]
@@ -170,16 +168,9 @@ def _engine(problem: Problem, columns: int, *arrays: DeviceArray) -> Engine:
             together |= int(_stride(array, axis)) * size
     if together % 16 != 0:
         return _UNALIGNED
-    if size == 2 and columns > _ALIGNED.columns and _warpgroups_wanted():
+    if size == 2 and columns > _ALIGNED.columns and warpgroups_wanted():
         return _WARPGROUPS if architecture(problem.x) == _WARPGROUPS.only else _ALIGNED
     return _ALIGNED
-
-
-def _warpgroups_wanted() -> bool:
-    value = os.environ.get("TILEWISE_CUDA_WARPGROUPS", "0")
-    if value not in ("0", "1"):
-        raise ArgumentError(f"TILEWISE_CUDA_WARPGROUPS must be 0 (mma.sync everywhere) or 1, got {value!r}")
-    return value == "1"
 
 
 def _over(problem: Problem, columns: int, width: int) -> tuple[int, int, int]:
