@@ -173,7 +173,7 @@ impl<T: FloatLane> Worker<'_, '_, T> {
                     let inside = |i: usize| bounds(i).start >= kept.start && bounds(i).end <= kept.end;
                     let mut asked = (0..count).filter(|&i| inside(i) && verdicts[i] != Verdict::Full);
                     let first = asked.next();
-                    let last = asked.last().or(first);
+                    let last = asked.next_back().or(first);
                     let asked = first.zip(last).map_or(0..0, |(first, last)| bounds(first).start..bounds(last).end);
                     visit.program = (asked.start.saturating_sub(kept.start), asked.len());
                     (visit.start, visit.len) = (kept.start, kept.len());
