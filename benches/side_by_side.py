@@ -1,6 +1,6 @@
 """tilewise beside its peers, in one process, with the same threads, interleaved: `make bench`.
 
-    python -m benches.side_by_side [--only attention moe gemm] [--rounds 7] [--dtypes float32 bfloat16] [--no-record]
+    python -m benches.side_by_side [--only flex moe ...] [--rounds 7] [--dtypes float32 bfloat16] [--no-record]
 
 Every pair is compared before it is timed: a fast wrong answer is not a result. Prints a table and writes it, with all
 timings, to benches/record/.
@@ -16,62 +16,21 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import cases
+from .attention import attention, attention_training, decode, flex
+from .comparison import OURS, Comparison
 from .harness import Timing, interleave, machine, memory_reader, speedup
 
 RECORD = Path(__file__).resolve().parent / "record"
-OURS = "tilewise"
 INT8 = "tilewise int8"
 # Measured in the same rounds, to say what a result is worth on this machine at that moment.
 READ, MATMUL = "memory read", "torch 2048^3"
 # Closeness of two implementations of one thing, in parts of the largest value: generous, the tests are the proof.
 CLOSE = {"float32": 1e-4, "bfloat16": 4e-2}
 CLOSE_INT8 = 5e-2
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One case: functions by name (one of them `OURS`) that compute the same."""
-
-    room: str
-    case: Any
-    dtype: str
-    functions: dict[str, Callable[[], Any]]
-    bytes_read: int | None = None  # set where memory is the limit
-
-
-def attention(dtype: str) -> Iterator[Comparison]:
-    """Ours and torch's scaled_dot_product_attention."""
-    import torch
-
-    import tilewise.torch as twt
-
-    for case in cases.ATTENTION:
-        torch.manual_seed(0)
-        kind = getattr(torch, dtype)
-        query = torch.randn(case.batch, case.query_heads, case.queries, case.head_dim).to(kind)
-        key = torch.randn(case.batch, case.key_heads, case.keys, case.head_dim).to(kind)
-        value = torch.randn(case.batch, case.key_heads, case.keys, case.head_dim).to(kind)
-        mask, causal = None, case.causal
-        if case.queries != case.keys:
-            # torch aligns causal to the top left corner; a decode step needs the other one, said by a mask.
-            causal = False
-            if case.queries > 1:
-                first = case.keys - case.queries
-                mask = torch.arange(case.keys) <= torch.arange(case.queries)[:, None] + first
-
-        def sdpa(q: Any = query, k: Any = key, v: Any = value, m: Any = mask, c: bool = causal) -> Any:
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, m, is_causal=c, enable_gqa=True)
-
-        def ours(q: Any = query, k: Any = key, v: Any = value, c: bool = case.causal) -> Any:
-            return twt.attention(q, k, v, causal=c)
-
-        decode = case.bytes_read(query.element_size()) if case.queries < 8 else None
-        yield Comparison("attention", case, dtype, {OURS: ours, "torch SDPA": sdpa}, decode)
 
 
 def _expert_loop(x: Any, ids: Any, weights: Any, gate_up: Any, down: Any) -> Any:
@@ -205,6 +164,9 @@ def gemm(dtype: str) -> Iterator[Comparison]:
 
 ROOMS: dict[str, Callable[[str], Iterator[Comparison]]] = {
     "attention": attention,
+    "attention_training": attention_training,
+    "flex": flex,
+    "decode": decode,
     "moe": moe,
     "moe_training": moe_training,
     "gemm": gemm,

@@ -42,9 +42,8 @@ fn attend(c: &mut Criterion) {
         group.bench_function(name, |bench| {
             bench.iter(|| {
                 let view = |data, length| Array::from_slice(data, &[1, 4, length, 64]).unwrap();
-                let rules = Rules { causal: true, ..Rules::default() };
-                let problem =
-                    Problem::new(view(&q, queries), view(&kv, keys), view(&kv, keys), 0.125, rules, None).unwrap();
+                let rules = Rules { scale: 0.125, causal: true, ..Rules::default() };
+                let problem = Problem::new(view(&q, queries), view(&kv, keys), view(&kv, keys), rules).unwrap();
                 let out = ArrayMut::from_slice(black_box(&mut out), &[1, 4, queries, 64]).unwrap();
                 attention::forward(&problem, out, ArrayMut::from_slice(&mut lse, &[1, 4, queries]).unwrap()).unwrap();
             });
