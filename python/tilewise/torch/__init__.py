@@ -2,8 +2,8 @@
 
 ``import tilewise.torch as twt``; every function takes and returns torch tensors and keeps the names of the NumPy floor:
 ``twt.attention``, ``twt.matmul``, ``twt.moe.route``, ``twt.moe.experts``, ``twt.speculation.verify``. Beside them stand
-the names that users have already: ``twt.flex_attention`` and ``twt.create_block_mask`` (torch's), ``twt.flash_attn_func``
-and its family (flash_attn 2's), ``twt.scaled_dot_product_attention`` (torch's).
+names that users have already: ``twt.flex_attention``, ``twt.create_block_mask``, ``twt.scaled_dot_product_attention``
+(torch's), ``twt.flash_attn_func`` and its family (flash_attn 2's).
 
 This package is the only place that imports torch.
 """
