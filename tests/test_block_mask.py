@@ -80,8 +80,10 @@ def test_blocks_are_what_the_elements_say(name: str, queries: int, keys: int, bl
 def test_axes_that_do_not_matter_are_shared() -> None:
     mask = create_block_mask(MASKS["causal"], 5, 7, 64, 64, 16)
     assert mask.kv_indices.shape == (5, 7, 4, 4) and mask.kv_indices.strides[:2] == (0, 0)
+    assert mask.q_indices.shape == (5, 7, 4, 4) and mask.q_indices.strides[:2] == (0, 0)
     mask = create_block_mask(MASKS["by head"], 5, 7, 64, 64, 16)
     assert mask.kv_indices.strides[0] == 0 != mask.kv_indices.strides[1]
+    assert mask.q_indices.strides[0] == 0 != mask.q_indices.strides[1] and mask.q_indices.shape == (5, 7, 4, 4)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0)])
@@ -295,6 +297,16 @@ def test_lists_of_blocks_from_torch(torch: Any, theirs: Any, twt: Any) -> None:
         twt.BlockMask.from_kv_blocks(counts, torch.where(clean == 2, 7, clean))
     with pytest.raises(TypeError, match="expected an array of this floor"):
         twt.BlockMask.from_kv_blocks(counts.numpy(), indices.numpy())
+
+
+def test_mods_stand_for_mask_mods(torch: Any, twt: Any) -> None:
+    mod = expr.trace(MASKS["documents"])
+    mine = twt.create_block_mask(mod, 1, 1, 444, 444, "cpu", 64)
+    same(torch, mine, twt.create_block_mask(MASKS["documents"], 1, 1, 444, 444, "cpu", 64))
+    assert mine.mod.program == mod.program and torch.is_tensor(mine.mod.captures[0])
+    assert torch.equal(
+        twt.create_mask(mod, 1, 1, 444, 444, "cpu"), twt.create_mask(MASKS["documents"], 1, 1, 444, 444, "cpu")
+    )
 
 
 def test_captures_may_change_between_masks(torch: Any, twt: Any) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from tilewise import _core, reference
+from tilewise.errors import ArgumentError, DtypeError, ShapeError
+from tilewise.testing import assert_within_budget, force_threads
 
 EXTENTS = {"batch": 2, "heads": 3, "queries": 37, "keys": 21}
 ALIBI = """tilewise-expr 1 score
@@ -502,8 +506,8 @@ def test_what_floats_forbid_is_not_simplified(before: str, kept: str) -> None:
     "dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name
 )
 def test_captures_of_every_float_type_and_layout(isa: str, dtype: Any) -> None:
-    text = "tilewise-expr 1 score\ncapture float 2\nscore\nhead\nkey\ngather 0 1 2\nquery\ngather 0 1 4\nadd 3 5\nadd 0 6\nreturn 7"
-    text += "\n"
+    text = "tilewise-expr 1 score\ncapture float 2\nscore\nhead\nkey\ngather 0 1 2\nquery\ngather 0 1 4\n"
+    text += "add 3 5\nadd 0 6\nreturn 7\n"
     extents = {"batch": 1, "heads": 4, "queries": 9, "keys": 9}
     base = (np.random.default_rng(2).integers(-64, 64, (8, 18)) / 8).astype(dtype)
     views = [base[:4, :9].copy(), base[:4, :9], base[::2, ::2], base[3::-1, 8::-1], base.T[:4, :8:1][:, :8]]
@@ -562,7 +566,7 @@ def test_indices_that_leave_their_capture_are_an_error(isa: str) -> None:
         with pytest.raises(ArgumentError, match="indices of capture 0"):
             run(gradient, [table[:3]], grad=np.ones((1, 1, 3, 5)), grad_captures=[np.zeros(3)], lanes=lanes, **ONE)
     mask = f"{HEAD}capture int 1\nquery\nkey\ngather 0 0\ngather 0 1\neq 2 3\nreturn 4\n"
-    with pytest.raises(ArgumentError, match="mask_mod: .*indices of capture 0 below 4"):
+    with pytest.raises(ArgumentError, match=r"mask_mod: .*indices of capture 0 below 4"):
         lists_of(mask, [np.arange(4)], (2, 2), **ONE)
     with pytest.raises(ArgumentError, match="divisors other than 0"):
         run(f"{HEAD}query\nkey\nmod 0 1\nint 0\neq 2 3\nreturn 4\n", **ONE)
@@ -616,3 +620,149 @@ def test_transposing_wrong_lists_is_refused() -> None:
         _core.block_mask_transpose(np.array([2, 2], np.int32), indices, *out)
     with pytest.raises(ShapeError, match="out indices"):
         _core.block_mask_transpose(count, indices, out[0], np.zeros((2, 3), np.int32))
+
+
+# Functions by name, the torch function they mean, and scores where the conventions of autograd decide.
+TORCH: dict[str, Any] = {
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "sign": torch.sign,
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "round": torch.round,
+    "trunc": torch.trunc,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "reciprocal": torch.reciprocal,
+    "exp": torch.exp,
+    "exp2": torch.exp2,
+    "expm1": torch.expm1,
+    "log": torch.log,
+    "log2": torch.log2,
+    "log1p": torch.log1p,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "tan": torch.tan,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "erf": torch.erf,
+    "relu": torch.relu,
+    "square": torch.square,
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "min": torch.minimum,
+    "max": torch.maximum,
+    "atan2": torch.atan2,
+    "pow": torch.pow,
+    "mod": torch.remainder,
+    "floor_div": torch.floor_divide,
+}
+ODD_FLOATS = [0.0, -0.0, 1.0, -1.0, 0.5, -2.5, 3.0, 7.25, -7.25, 1e-8, 40.0, -90.0, np.inf, -np.inf, np.nan]
+
+
+@pytest.mark.parametrize("name", TORCH)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_values_and_slopes_are_those_of_torch(isa: str, name: str, dtype: Any) -> None:
+    function = TORCH[name]
+    binary = name in TORCH and name in ["add", "sub", "mul", "div", "min", "max", "atan2", "pow", "mod", "floor_div"]
+    count = len(ODD_FLOATS)
+    extents = {"batch": 1, "heads": 1, "queries": count, "keys": count}
+    x, y = np.meshgrid(np.array(ODD_FLOATS, dtype), np.array(ODD_FLOATS, dtype), indexing="ij")
+    text = "tilewise-expr 1 score\ncapture float 2\nscore\nquery\nkey\ngather 0 1 2\n"
+    text += f"{name} 0 3\nreturn 4\n" if binary else f"{name} 0\nreturn 4\n"
+    a, b = (torch.from_numpy(v.copy()).requires_grad_() for v in (x, y))
+    truth = function(a, b) if binary else function(a)
+    eps = float(np.finfo(dtype).eps)
+    got = run(text, [y], dtype=dtype, score=x[None, None], **extents)[0, 0]
+    # Where torch's sigmoid overflows and says 0, a subnormal number is nearer the truth.
+    np.testing.assert_allclose(got, truth.detach().numpy(), rtol=8 * eps, atol=np.finfo(dtype).tiny)
+    # -0 is -0 where IEEE says so.
+    zero = (got == 0) & (truth.detach().numpy() == 0) & (np.array(name not in ("min", "max", "mod", "floor_div")))
+    assert np.array_equal(np.signbit(got)[zero], np.signbit(truth.detach().numpy())[zero])
+    if name in ("floor_div",) or not truth.requires_grad:
+        return
+    truth.sum().backward()
+    gradient, total = _core.expr_gradient(text), np.zeros_like(y)
+    slope = run(
+        gradient,
+        [y],
+        dtype=dtype,
+        score=x[None, None],
+        grad=np.ones_like(x)[None, None],
+        grad_captures=[total],
+        **extents,
+    )[0, 0]
+    assert a.grad is not None
+    # Where torch's value is not finite, its formula for the slope may differ from another equal one.
+    fine = np.isfinite(truth.detach().numpy()) & np.isfinite(x) & np.isfinite(y if binary else x)
+    # 1 - tanh^2 loses digits where it is small, in torch as here.
+    np.testing.assert_allclose(slope[fine], a.grad.numpy()[fine], rtol=64 * eps, atol=8 * eps)
+    if binary:
+        assert b.grad is not None
+        np.testing.assert_allclose(total[fine], b.grad.numpy()[fine], rtol=64 * eps, atol=8 * eps)
+
+
+def test_nan_goes_where_it_should(isa: str) -> None:
+    nan = np.full((1, 1, 3, 5), np.nan)
+    for text, expected in [
+        ("score\nfloat 1.0\nmax 0 1\nreturn 2", np.nan),
+        ("score\nfloat 1.0\nmin 1 0\nreturn 2", np.nan),
+        ("score\nrelu 0\nreturn 1", np.nan),
+        ("score\nfloat 1.0\nlt 0 1\nto_float 2\nreturn 3", 0.0),
+        ("score\nscore\neq 0 1\nto_float 2\nreturn 3", 0.0),
+        ("score\nscore\nne 0 1\nto_float 2\nreturn 3", 1.0),
+        ("score\nto_bool 0\nto_float 1\nreturn 2", 1.0),
+        ("score\nto_int 0\nto_float 1\nreturn 2", 0.0),
+        ("score\nfloat 2.0\nbool 1\nwhere 2 1 0\nreturn 3", 2.0),
+        ("score\nfloat nan\nadd 0 1\nfloat -inf\nmul 2 3\nreturn 4", np.nan),
+    ]:
+        program = "tilewise-expr 1 score\n" + text
+        for dtype in (np.float32, np.float64):
+            for form in (program, _core.expr_simplify(program)):
+                got = run(form, dtype=dtype, score=nan.astype(dtype), **ONE)
+                assert np.array_equal(got, np.full_like(got, expected), equal_nan=True), text
+
+
+@pytest.mark.parametrize("queries", [1, 2, 15, 17, 127, 130])
+@pytest.mark.parametrize("keys", [1, 3, 16, 131, 257])
+def test_odd_sizes_in_single_precision(isa: str, queries: int, keys: int) -> None:
+    extents = {"batch": 2, "heads": 3, "queries": queries, "keys": keys}
+    score = np.random.default_rng(0).standard_normal((2, 3, queries, keys)).astype(np.float32) * 30
+    slopes = np.array([0.5, 0.25, 0.125], np.float32)
+    for text, captures in ((ALIBI, [slopes]), (SOFTCAP, [])):
+        truth = reference.expr.evaluate(text, captures, score=score, **extents)
+        plain = reference.expr.evaluate(text, captures, score=score, dtype=np.float32, **extents)
+        for lanes in ("queries", "keys"):
+            got = run(_core.expr_simplify(text), captures, dtype=np.float32, score=score, lanes=lanes, **extents)
+            assert_within_budget(got, truth, plain)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_programs_in_single_precision(isa: str, seed: int) -> None:
+    text = smooth_text(seed)
+    captures = [*captures_of(np.float32), np.array(0.375, np.float32)]
+    score = (scores_of(np.float32) / 4).astype(np.float32)
+    truth = reference.expr.evaluate(text, captures, score=score, **EXTENTS)
+    plain = reference.expr.evaluate(text, captures, score=score, dtype=np.float32, **EXTENTS)
+    for lanes in ("queries", "keys"):
+        got = run(_core.expr_simplify(text), captures, dtype=np.float32, score=score, lanes=lanes, **EXTENTS)
+        assert_within_budget(got, truth, plain, floor=1e-6 * float(np.abs(truth).max()))
+
+
+def test_threads_do_not_change_gradients() -> None:
+    gradient = _core.expr_gradient(ALIBI)
+    extents = {"batch": 2, "heads": 3, "queries": 300, "keys": 200}
+    score, grad = (np.random.default_rng(i).standard_normal((2, 3, 300, 200)).astype(np.float32) for i in (0, 1))
+    results = []
+    for threads in (1, 2, 5):
+        with force_threads(threads):
+            sums = np.empty(3, np.float32)
+            by_score = run(
+                gradient, [np.ones(3)], dtype=np.float32, score=score, grad=grad, grad_captures=[sums], **extents
+            )
+            results.append((by_score, sums))
+    for by_score, sums in results[1:]:
+        assert np.array_equal(by_score, results[0][0])
+        assert np.array_equal(sums, results[0][1])

@@ -288,8 +288,8 @@ def functions(torch: Any) -> dict[str, Any]:
         "activations": lambda s, b, h, q, k: functional.silu(s) + functional.gelu(s) + functional.softplus(s),
         "more activations": lambda s, b, h, q, k: functional.leaky_relu(s) + functional.elu(s) + functional.hardtanh(s),
         "log sigmoid": lambda s, b, h, q, k: functional.logsigmoid(s),
-        "elementary": lambda s, b, h, q, k: torch.log10(s.abs() + 1) + torch.erfc(s) + torch.frac(s) + torch.sinh(s),
-        "two": lambda s, b, h, q, k: torch.hypot(s, s + 1) + torch.fmin(s, k * 0.5) + torch.fmax(s, q) + s.lerp(s, 0.3),
+        "elementary": lambda s, b, h, q, k: torch.log10(s.abs() + 1) + torch.frac(s) + torch.cosh(s),
+        "two": lambda s, b, h, q, k: torch.atan2(s, s + 1) + torch.fmin(s, k * 0.5) + torch.fmax(s, q) + s.lerp(s, 0.3),
         "pow": lambda s, b, h, q, k: s.pow(2) + torch.pow(2.0, s) + s.abs() ** 0.5 + (q - k) ** 3 + s**-1,
         "divisions": lambda s, b, h, q, k: divisions(torch, s, q - k),
         "remainders": lambda s, b, h, q, k: torch.fmod(q - k, 3) + torch.remainder(q - k, 3) + s % 0.7,
@@ -394,12 +394,38 @@ def test_a_trace_is_used_again_only_where_it_holds(torch: Any, trace: Any) -> No
     assert "int 2" in trace(reading).program
     array.source[0] = 4
     assert "int 4" in trace(reading).program
+
+    # Nor what classes and functions say of themselves.
+    class Settings:
+        width = 3
+
+    wide = lambda b, h, q, k: q - k < Settings.width  # noqa: E731
+    assert "int 3" in trace(wide).program
+    Settings.width = 4
+    assert "int 4" in trace(wide).program
+
+    def marked(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return q - k < marked.width  # type: ignore[attr-defined]
+
+    marked.width = 3  # type: ignore[attr-defined]
+    assert "int 3" in trace(marked).program
+    marked.width = 4  # type: ignore[attr-defined]
+    assert "int 4" in trace(marked).program
     # And a function that it calls may differ.
     inner = lambda q, k: q >= k  # noqa: E731
     outer = lambda b, h, q, k: inner(q, k)  # noqa: E731
     assert "ge" in trace(outer).program
     inner = lambda q, k: q < k  # noqa: E731
     assert "lt" in trace(outer).program
+
+
+def test_mods_of_numpy_users_are_torch_mods(torch: Any, trace: Any) -> None:
+    mod = expr.trace(lambda s, b, h, q, k: s * slopes[h])
+    found = trace(mod, "score")
+    assert isinstance(found.captures[0], torch.Tensor) and found.captures[0].data_ptr() == SLOPES.ctypes.data
+    assert trace(found) is found
+    with pytest.raises(ArgumentError, match="expected a mask mod"):
+        trace(mod, "mask")
 
 
 def test_the_cache_keeps_no_capture_alive(torch: Any, trace: Any) -> None:
@@ -614,3 +640,50 @@ def test_what_cannot_be_made_inside_a_compiled_function(torch: Any, compiled: An
     ):
         with pytest.raises(Exception, match=message):
             compiled(make, "score", torch.ones(3))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lengths_that_vary_under_compile(torch: Any, trace: Any) -> None:
+    """Extents of captures, and numbers made of extents, are part of the program; other lengths trace anew."""
+    from tilewise.torch.expr import program_and_captures
+
+    texts: list[str] = []
+
+    def step(x: Any) -> Any:
+        width = x.shape[0] - 1
+        text, (table,) = program_and_captures(lambda s, b, h, q, k: s + x[(q - k) % x.shape[0]] * width, "score")
+        texts.append(text)
+        return table * 1
+
+    torch._dynamo.reset()
+    run = torch.compile(step, fullgraph=True, backend="eager", dynamic=True)
+    for length in (3, 5, 3, 7):
+        x = torch.arange(float(length))
+        assert torch.equal(run(x), x)
+        width = length - 1
+        eager = trace(lambda s, b, h, q, k, x=x, width=width: s + x[(q - k) % x.shape[0]] * width)
+        assert eager.program in texts
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_traces_stand_apart_from_what_runs_around_them(torch: Any, trace: Any) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    scale = torch.nn.Parameter(torch.tensor(2.0))
+    cases = [lambda s, b, h, q, k, n=n: torch.where(q - k < n, s, -math.inf) * scale for n in range(6)]
+    programs_found = []
+    with torch.inference_mode():
+        programs_found.append(trace(cases[0]))
+    with torch.no_grad():
+        programs_found.append(trace(cases[1]))
+    with torch.autocast("cpu"):
+        programs_found.append(trace(cases[2]))
+    with FakeTensorMode():
+        programs_found.append(trace(cases[3]))
+    make_fx(lambda x: (programs_found.append(trace(cases[4])), x + 1)[1], tracing_mode="fake")(torch.ones(2))
+    programs_found.append(trace(cases[5]))
+    assert [mod.program.replace("int 0", f"int {n}") for n, mod in enumerate([programs_found[0]] * 6)] == [
+        mod.program for mod in programs_found
+    ]
+    assert all(mod.captures[0] is scale for mod in programs_found)

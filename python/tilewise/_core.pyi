@@ -111,6 +111,7 @@ def expr_evaluate(
     grad_captures: Sequence[_Array | None] | None = None,
     lanes: str = "queries",
 ) -> None: ...
+
 def block_mask(
     text: str,
     captures: Sequence[_Array],

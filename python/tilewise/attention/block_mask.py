@@ -91,6 +91,14 @@ class BlockMask:
         return array
 
     @staticmethod
+    def _strides(array: Any) -> tuple[int, ...]:
+        return array.strides
+
+    @staticmethod
+    def _expand(array: Any, shape: tuple[int, ...]) -> Any:
+        return np.broadcast_to(array, shape)
+
+    @staticmethod
     def _trace(mask_mod: Any) -> Mod:
         return trace(mask_mod, "mask")
 
@@ -214,11 +222,13 @@ class BlockMask:
             )
             if counts is not None:
                 columns = ceil_div(self.seq_lengths[1], self.BLOCK_SIZE[1])
-                found = dense_to_ordered(
-                    ordered_to_dense(self._to_numpy(counts), self._to_numpy(indices), columns).swapaxes(-1, -2)
-                )
+                # Batches and heads that share one list share its transpose.
+                shared = tuple(slice(0, 1) if step == 0 else slice(None) for step in self._strides(counts)[:-1])
+                own, lists = self._to_numpy(counts[shared]), self._to_numpy(indices[shared])
+                found = dense_to_ordered(ordered_to_dense(own, lists, columns).swapaxes(-1, -2))
+                lead = tuple(counts.shape[:-1])
                 self._transposed[place // 2 * 2 : place // 2 * 2 + 2] = [
-                    self._from_numpy(array, counts) for array in found
+                    self._expand(self._from_numpy(array, counts), (*lead, *array.shape[len(lead) :])) for array in found
                 ]
         return self._transposed[place]
 

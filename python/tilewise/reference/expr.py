@@ -68,7 +68,7 @@ _ANY: dict[str, Callable[..., _Array]] = {
     "neg": np.negative,
     "abs": np.abs,
     # Like torch: the sign of NaN is 0.
-    "sign": lambda x: (x > 0).astype(x.dtype) - (x < 0).astype(x.dtype),
+    "sign": lambda x: ((x > 0).astype(x.dtype) - (x < 0).astype(x.dtype)),
     "floor": np.floor,
     "ceil": np.ceil,
     "round": np.rint,

@@ -300,14 +300,76 @@ impl<'a, T: Copy> Matrix<'a, T> {
         Self { rows: 2, row_stride: self.row_stride * apart, ..self.part(first..first + 1, 0..self.cols) }
     }
 
-    /// Bytes from the first element to another matrix's first.
-    pub fn bytes_to(&self, other: &Self) -> isize {
-        (other.data as isize).wrapping_sub(self.data as isize)
-    }
-
     /// Rows and columns exchanged.
     pub fn transposed(&self) -> Self {
         Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..*self }
+    }
+}
+
+/// Rows of one width that lie anywhere, each with adjacent elements.
+#[derive(Debug)]
+pub struct Listed<'a, T> {
+    rows: Vec<*const T>,
+    cols: usize,
+    marker: PhantomData<&'a T>,
+}
+
+impl<'a, T: Element> Listed<'a, T> {
+    /// Rows of the third axis of an array of four: for each `(i, first, count)`, rows `first..first + count` of `[i, j]`.
+    /// Nothing if elements of a row are not adjacent.
+    ///
+    /// # Panics
+    /// On another rank or type, and if a row is outside.
+    pub fn new(array: &Array<'a>, j: usize, pieces: impl Iterator<Item = (usize, usize, usize)>) -> Option<Self> {
+        let (&[extent, columns, length, cols], &[outer, middle, step, last]) = (array.shape(), array.strides()) else {
+            panic!("listed rows are of an array of four axes");
+        };
+        assert!(array.dtype() == T::DTYPE && j < columns, "listed rows: wrong type or column");
+        if last != 1 && cols > 1 {
+            return None;
+        }
+        let mut rows = Vec::new();
+        for (i, first, count) in pieces {
+            assert!(i < extent && first + count <= length, "listed rows outside the array");
+            let base = array.data.cast::<T>().wrapping_offset(i as isize * outer + j as isize * middle);
+            // Inside the array, whose invariant covers every row.
+            rows.extend((first..first + count).map(|row| base.wrapping_offset(row as isize * step)));
+        }
+        Some(Self { rows, cols, marker: PhantomData })
+    }
+}
+
+impl<'a> Listed<'a, half::bf16> {
+    /// As 32-bit pairs, where [`Matrix::pairs`] could.
+    pub fn pairs(self) -> Option<Listed<'a, u32>> {
+        let aligned = self.rows.iter().all(|row| (*row as usize).is_multiple_of(4));
+        if !aligned || !self.cols.is_multiple_of(2) || cfg!(target_endian = "big") {
+            return None;
+        }
+        let rows = self.rows.into_iter().map(<*const half::bf16>::cast).collect();
+        Some(Listed { rows, cols: self.cols / 2, marker: PhantomData })
+    }
+}
+
+impl<T> Listed<'_, T> {
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// True if there is no row.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// Elements in a row.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Addresses of the rows.
+    pub fn rows(&self) -> &[*const T] {
+        &self.rows
     }
 }
 

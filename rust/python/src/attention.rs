@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use tilewise_core::attention::backward::{Gradients, Upstream};
 use tilewise_core::attention::blocks::Lists;
 use tilewise_core::attention::mods::Mod;
-use tilewise_core::attention::problem::{Problem, Rules, THRESHOLD};
+use tilewise_core::attention::problem::{Problem, Rules};
 use tilewise_core::view::{Array, ArrayMut};
 
 /// The attributes of a `tilewise.attention.rules.Rules`.
@@ -192,49 +192,7 @@ fn writable<'h>(held: &'h mut Option<Held<'_>>) -> PyResult<Option<ArrayMut<'h>>
     held.as_mut().map(Held::array_mut).transpose()
 }
 
-/// Forward attention into `out` and `lse`; `left` and `right` bound the window (`None` = unlimited).
-#[pyfunction]
-#[pyo3(signature = (query, key, value, out, lse, *, scale, causal, left, right, mask, sinks, block_indices, block_size))]
-fn attention(
-    py: Python<'_>,
-    query: &Bound<'_, PyAny>,
-    key: &Bound<'_, PyAny>,
-    value: &Bound<'_, PyAny>,
-    out: &Bound<'_, PyAny>,
-    lse: &Bound<'_, PyAny>,
-    scale: f64,
-    causal: bool,
-    left: Option<usize>,
-    right: Option<usize>,
-    mask: Option<&Bound<'_, PyAny>>,
-    sinks: Option<&Bound<'_, PyAny>>,
-    block_indices: Option<&Bound<'_, PyAny>>,
-    block_size: usize,
-) -> PyResult<()> {
-    let (query, key, value) = (hold("query", query)?, hold("key", key)?, hold("value", value)?);
-    let (mut out, mut lse) = (hold("out", out)?, hold("lse", lse)?);
-    let (mask, sinks) = (hold_optional("mask", mask)?, hold_optional("sinks", sinks)?);
-    let blocks = hold_optional("block_indices", block_indices)?;
-    let rules = Rules {
-        scale,
-        causal,
-        left,
-        right,
-        mask: optional(&mask)?,
-        sinks: optional(&sinks)?,
-        block_indices: optional(&blocks)?,
-        block_size,
-        threshold: THRESHOLD,
-        ..Rules::default()
-    };
-    let problem = Problem::new(query.array()?, key.array()?, value.array()?, rules);
-    let problem = problem.map_err(|error| to_python(py, &error))?;
-    let (out, lse) = (out.array_mut()?, lse.array_mut()?);
-    enter(py, || tilewise_core::attention::forward(&problem, out, lse))
-}
-
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    module.add_function(wrap_pyfunction!(attention, module)?)?;
     module.add_function(wrap_pyfunction!(attention_forward, module)?)?;
     module.add_function(wrap_pyfunction!(attention_backward, module)?)
 }

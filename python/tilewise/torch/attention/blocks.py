@@ -44,6 +44,14 @@ class BlockMask(numpy_blocks.BlockMask):
         return torch.from_numpy(np.ascontiguousarray(array)).to(like.device)
 
     @staticmethod
+    def _strides(array: Any) -> tuple[int, ...]:
+        return array.stride()
+
+    @staticmethod
+    def _expand(array: Any, shape: tuple[int, ...]) -> Any:
+        return array.expand(shape)
+
+    @staticmethod
     def _trace(mask_mod: Any) -> Mod:
         return trace(mask_mod, "mask")
 

@@ -5,23 +5,29 @@ each operator becomes a node with torch's own type promotion. The result is the 
 users get from :func:`tilewise.expr.trace`.
 
 * :mod:`~tilewise.torch.expr.symbol`: tensors without data, and the function mode around a trace;
-* :mod:`~tilewise.torch.expr.aten`: operators as nodes; :mod:`~tilewise.torch.expr.indexing`: ``table[b, q - k]``;
+* :mod:`~tilewise.torch.expr.aten`: operators as nodes, elementwise ones here, those that move elements in
+  :mod:`~tilewise.torch.expr.moves`; :mod:`~tilewise.torch.expr.indexing`: ``table[b, q - k]``;
 * :mod:`~tilewise.torch.expr.cache`: which traces may be used again;
 * :mod:`~tilewise.torch.expr.compiled`: ``program_and_captures``, which also works inside torch.compile.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tilewise.errors import ArgumentError, TilewiseError, UnsupportedError
 from tilewise.expr import Mod, nodes, symbols
 from tilewise.expr.mod import finish, kind_of
 from tilewise.expr.text import ARGUMENTS
-from tilewise.torch.expr import cache
+from tilewise.torch.expr import (
+    cache,
+    moves,  # noqa: F401  (adds its rules to the table)
+)
 from tilewise.torch.expr.symbol import Recorder, SymbolTensor, box, elements
 
 __all__ = ["Mod", "program_and_captures", "record", "trace"]
@@ -45,7 +51,7 @@ def trace(
 
     Args:
         function: the kind follows from its positional parameters without a default: 5 is a score_mod, 4 a mask_mod.
-            A :class:`~tilewise.expr.Mod` comes back as it is.
+            A :class:`~tilewise.expr.Mod` comes back as it is (with NumPy captures as tensors of the same memory).
         kind: ``"score"`` or ``"mask"``, for functions that do not tell.
         device: what ``q_idx.device`` says while the function runs; the CPU if not given.
 
@@ -67,7 +73,9 @@ def trace(
     if isinstance(function, Mod):
         if kind not in (None, function.kind):
             raise ArgumentError(f"expected a {kind} mod, got a {function.kind} mod: {function}")
-        return function
+        if all(isinstance(one, torch.Tensor) for one in function.captures):
+            return function
+        return Mod(function.kind, function.program, tuple(map(torch.as_tensor, function.captures)), function.names)
     where = _CPU if device is None else torch.device(device)
     seen = cache.look_at(function)
     if seen.key is not None:
@@ -90,7 +98,9 @@ def record(
 ) -> tuple[Mod, Recorder]:
     """One trace, and what was noted on the way; `names` of tensors by id, for messages."""
     recorder = Recorder(names, device)
-    with recorder:
+    # Fake tensors and proxies of whoever traces around this call have no place in it.
+    apart = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else contextlib.nullcontext()
+    with apart, recorder:
         return finish(kind, _run(function, kind, device)), recorder
 
 

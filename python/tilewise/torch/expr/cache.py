@@ -24,7 +24,7 @@ __all__ = ["Seen", "clear", "global_names", "look_at", "remember", "remembered"]
 
 _LIMIT = 512
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
-_FIXED = (type, types.BuiltinFunctionType, types.BuiltinMethodType, type(torch.ops.aten.add))
+_FIXED = (types.BuiltinFunctionType, types.BuiltinMethodType, type(torch.ops.aten.add))
 _LIBRARIES = ("torch", "math", "numpy", "operator", "functools", "tilewise")
 
 
@@ -67,7 +67,7 @@ def _function(function: Any, seen: Seen, depth: int) -> Any:
         if any(part is None or (isinstance(part, tuple) and part[-1] is None) for part in parts):
             return None
         return ("partial", *parts)
-    if not isinstance(function, types.FunctionType):
+    if not isinstance(function, types.FunctionType) or function.__dict__:
         return None
     code = function.__code__
     parts: list[Any] = [code]
@@ -136,6 +136,8 @@ def _leaf(name: str, value: Any, seen: Seen, depth: int) -> Any:
         return ("module", value.__name__) if value.__name__.partition(".")[0] in _LIBRARIES else None
     if isinstance(value, _FIXED):
         return ("fixed", value)
+    if isinstance(value, type) and value.__module__.partition(".")[0] in ("builtins", *_LIBRARIES):
+        return ("type", value)  # a user's own class may change its attributes
     return None
 
 

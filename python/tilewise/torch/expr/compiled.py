@@ -9,6 +9,7 @@ as a constant together with which tensors it reads.
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 import types
 from collections.abc import Callable
@@ -63,7 +64,8 @@ def program_and_captures(function: Callable[..., Any] | Mod, kind: str) -> tuple
         return mod.program, tuple([_tensor(one) for one in mod.captures])
     leaves: list[torch.Tensor] = []
     description = _describe(function, leaves)
-    about = tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves)
+    # A function may compute with the extents of what it captured: operator.index fixes them, and guards.
+    about = tuple([(tuple([operator.index(extent) for extent in leaf.shape]), leaf.dtype) for leaf in leaves])
     program, places = _plan(description, about, kind)
     captures = []
     for place in places:
@@ -88,7 +90,7 @@ def _describe(value: Any, leaves: list[torch.Tensor]) -> Any:
     if isinstance(value, np.ndarray):
         return _describe(torch.from_numpy(value), leaves)
     if value is None or isinstance(value, bool | int | float | str):
-        return ("plain", value)
+        return ("plain", operator.index(value) if type(value) is int else value)
     if isinstance(value, tuple):
         return ("tuple", tuple([_describe(one, leaves) for one in value]))
     if isinstance(value, list):

@@ -8,7 +8,7 @@ use crate::dtype::{Dtype, Real};
 use crate::view::Array;
 use half::{bf16, f16};
 
-pub use kernel::{Binary, Compare, Mask, Operand, TRUE, Unary};
+pub use kernel::{Binary, Compare, Mask, Operand, Own, TRUE, Unary};
 pub(crate) use kernel::{floor_divide, modulo};
 
 /// An index along one axis of a captured array.
@@ -24,6 +24,8 @@ pub enum Index<'s> {
 pub struct Floats<T: 'static> {
     unary: unsafe fn(Unary, Operand<'_, T>, &mut [T]),
     binary: unsafe fn(Binary, Operand<'_, T>, Operand<'_, T>, &mut [T]),
+    update: unsafe fn(Binary, Own, Operand<'_, T>, &mut [T]),
+    add_product: unsafe fn(Operand<'_, T>, Operand<'_, T>, &mut [T]),
     compare: unsafe fn(Compare, Operand<'_, T>, Operand<'_, T>, &mut [Mask]),
     select: unsafe fn(Operand<'_, Mask>, Operand<'_, T>, Operand<'_, T>, &mut [T]),
     blank: unsafe fn(&[Mask], T, &mut [T]),
@@ -148,6 +150,20 @@ impl<T: Real> Floats<T> {
         assert!(fits(&a, out.len()) && fits(&b, out.len()));
         // SAFETY: as above.
         unsafe { (self.binary)(op, a, b, out) }
+    }
+
+    /// A function of two numbers, one of which is the output's old value: +, -, *, /, min, max.
+    pub fn update(&self, op: Binary, own: Own, other: Operand<'_, T>, out: &mut [T]) {
+        assert!(fits(&other, out.len()));
+        // SAFETY: as above.
+        unsafe { (self.update)(op, own, other, out) }
+    }
+
+    /// `out += a * b`, rounded twice.
+    pub fn add_product(&self, a: Operand<'_, T>, b: Operand<'_, T>, out: &mut [T]) {
+        assert!(fits(&a, out.len()) && fits(&b, out.len()));
+        // SAFETY: as above.
+        unsafe { (self.add_product)(a, b, out) }
     }
 
     /// A comparison.
@@ -418,6 +434,14 @@ macro_rules! floats {
                 kernel::float_binary(op, a, b, out);
             }
             $(#[$gate])*
+            unsafe fn update(op: Binary, own: Own, other: Operand<'_, $t>, out: &mut [$t]) {
+                kernel::float_update(op, own, other, out);
+            }
+            $(#[$gate])*
+            unsafe fn add_product(a: Operand<'_, $t>, b: Operand<'_, $t>, out: &mut [$t]) {
+                kernel::add_product(a, b, out);
+            }
+            $(#[$gate])*
             unsafe fn compare(op: Compare, a: Operand<'_, $t>, b: Operand<'_, $t>, out: &mut [Mask]) {
                 kernel::compare(op, a, b, out);
             }
@@ -486,7 +510,7 @@ macro_rules! floats {
                 }
             }
             pub static TABLE: Floats<$t> =
-                Floats { unary, binary, compare, select, blank, spread, from_i32, from_i64, from_mask, to_i64, read, read_line, read_tile };
+                Floats { unary, binary, update, add_product, compare, select, blank, spread, from_i32, from_i64, from_mask, to_i64, read, read_line, read_tile };
         }
     };
 }

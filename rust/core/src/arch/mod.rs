@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 pub use kernel::activation::Activation;
 pub use kernel::tile::Ahead;
-pub use table::{HalfTable, Kernel, Online, Round, Slopes, Table, half_table};
+pub use table::{HalfTable, Kernel, Online, Piece, Round, Slopes, Table, half_table};
 
 /// Instruction-set levels, weakest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -12,11 +12,9 @@ use super::{Level, level, scalar};
 
 use crate::dtype::{Float, Real};
 use crate::scratch::Kept;
-use crate::view::Matrix;
+use crate::view::{Listed, Matrix};
+use half::bf16;
 use std::ops::Range;
-
-/// Rows of B that a streaming product asks for in advance.
-const AHEAD: isize = 24;
 
 /// Kernels on one floating-point type.
 pub struct Table<T: Real> {
@@ -160,7 +158,106 @@ fn tile_args<A: Copy, B: Copy, T>(
         width,
         accumulate,
         ahead: std::ptr::null_mut(),
-        toward: AHEAD * b.row_stride() * size_of::<B>() as isize,
+        toward: tile::AHEAD as isize * b.row_stride() * size_of::<B>() as isize,
+        list: std::ptr::null(),
+        listed: 0,
+        b_first: 0,
+    }
+}
+
+/// Some rows and columns of a matrix whose rows lie anywhere.
+pub struct Piece<'l, 'a, T> {
+    /// All rows; those after the piece are asked for meanwhile.
+    pub of: &'l Listed<'a, T>,
+    /// Rows of the piece.
+    pub rows: Range<usize>,
+    /// Its columns.
+    pub columns: Range<usize>,
+}
+
+fn listed_tile_args<A: Copy, B: Copy, T>(
+    lanes: usize,
+    registers: usize,
+    a: Matrix<'_, A>,
+    b: Piece<'_, '_, B>,
+    c: &mut [T],
+    c_row: usize,
+) -> tile::Args<A, B, T> {
+    let (rows, columns) = (b.rows, b.columns);
+    assert!(rows.end <= b.of.len() && columns.end <= b.of.cols() && rows.len() == a.cols(), "tile: outside the list");
+    let width = columns.len();
+    assert!(width > 0 && width.is_multiple_of(lanes) && width / lanes <= registers, "tile: width {width}");
+    assert!(a.rows() == 0 || (a.rows() - 1) * c_row + width <= c.len(), "tile: output too short");
+    let list = &b.of.rows()[rows.start..];
+    tile::Args {
+        a: a.as_ptr(),
+        a_row: a.row_stride(),
+        a_step: a.col_stride(),
+        b: list.first().copied().unwrap_or(std::ptr::null()),
+        b_step: 0,
+        depth: rows.len(),
+        c: c.as_mut_ptr(),
+        c_row,
+        rows: a.rows(),
+        width,
+        accumulate: true,
+        ahead: std::ptr::null_mut(),
+        toward: 0,
+        list: list.as_ptr(),
+        listed: list.len(),
+        b_first: columns.start,
+    }
+}
+
+/// The same call, of the bits of bfloat16 (`bf16` is a transparent `u16`).
+fn bits(args: &tile::Args<f32, bf16, f32>) -> tile::Args<f32, u16, f32> {
+    tile::Args {
+        a: args.a,
+        a_row: args.a_row,
+        a_step: args.a_step,
+        b: args.b.cast(),
+        b_step: args.b_step,
+        depth: args.depth,
+        c: args.c,
+        c_row: args.c_row,
+        rows: args.rows,
+        width: args.width,
+        accumulate: args.accumulate,
+        ahead: args.ahead,
+        toward: args.toward,
+        list: args.list.cast(),
+        listed: args.listed,
+        b_first: args.b_first,
+    }
+}
+
+fn listed_rows_args<X: Copy, W: Copy, T>(
+    x: Matrix<'_, X>,
+    w: &Listed<'_, W>,
+    rows: Range<usize>,
+    out: &mut [T],
+    out_row: usize,
+) -> rows::Args<X, W, T> {
+    assert!(x.cols() == w.cols() && rows.end <= w.len(), "rows: outside the list");
+    assert!(x.cols() <= 1 || x.col_stride() == 1, "rows: units must be adjacent");
+    assert!(
+        x.rows() == 0 || rows.is_empty() || (x.rows() - 1) * out_row + rows.len() <= out.len(),
+        "rows: output too short"
+    );
+    let list = &w.rows()[rows.start..];
+    rows::Args {
+        x: x.as_ptr(),
+        x_row: x.row_stride(),
+        x_rows: x.rows(),
+        w: std::ptr::null(),
+        w_row: 0,
+        w_rows: rows.len(),
+        depth: x.cols(),
+        out: out.as_mut_ptr(),
+        out_row,
+        toward: 0,
+        list: list.as_ptr(),
+        listed: list.len(),
     }
 }
 
@@ -189,6 +286,8 @@ fn rows_args<X: Copy, W: Copy, T>(
         toward: (rows::AHEAD_BYTES / (x.cols() * size_of::<W>()).max(1)).max(1) as isize
             * w.row_stride()
             * size_of::<W>() as isize,
+        list: std::ptr::null(),
+        listed: 0,
     }
 }
 
@@ -261,19 +360,17 @@ impl<T: Real> Table<T> {
         unsafe { (self.walk)(&args) }
     }
 
-    /// As [`tile`](Self::tile), for a B that comes from memory; `next` is what follows it, if that lies elsewhere.
-    pub fn stream(
-        &self,
-        a: Matrix<'_, T>,
-        b: Matrix<'_, T>,
-        c: &mut [T],
-        c_row: usize,
-        accumulate: bool,
-        next: Option<Matrix<'_, T>>,
-    ) {
-        let mut args = tile_args(self.lanes, self.registers, a, b, c, c_row, accumulate);
-        args.toward = next.map_or(args.toward, |next| b.bytes_to(&next));
+    /// As [`tile`](Self::tile), added to C, for a B that comes from memory.
+    pub fn stream(&self, a: Matrix<'_, T>, b: Matrix<'_, T>, c: &mut [T], c_row: usize) {
+        let args = tile_args(self.lanes, self.registers, a, b, c, c_row, true);
         // SAFETY: as in `tile`.
+        unsafe { (self.stream)(&args) }
+    }
+
+    /// As [`stream`](Self::stream), for some rows and columns of a B whose rows lie anywhere.
+    pub fn stream_listed(&self, a: Matrix<'_, T>, b: Piece<'_, '_, T>, c: &mut [T], c_row: usize) {
+        let args = listed_tile_args(self.lanes, self.registers, a, b, c, c_row);
+        // SAFETY: extents checked by `listed_tile_args`; level as above.
         unsafe { (self.stream)(&args) }
     }
 
@@ -283,19 +380,10 @@ impl<T: Real> Table<T> {
         unsafe { (self.rows)(&rows_args(x, w, out, out_row)) }
     }
 
-    /// As [`rows`](Self::rows), asking for the rows `next` meanwhile.
-    pub fn rows_toward(
-        &self,
-        x: Matrix<'_, T>,
-        w: Matrix<'_, T>,
-        out: &mut [T],
-        out_row: usize,
-        next: Option<Matrix<'_, T>>,
-    ) {
-        let mut args = rows_args(x, w, out, out_row);
-        args.toward = next.map_or(args.toward, |next| w.bytes_to(&next));
-        // SAFETY: extents checked by `rows_args`; level as above.
-        unsafe { (self.rows)(&args) }
+    /// As [`rows`](Self::rows), for some rows of a W whose rows lie anywhere.
+    pub fn rows_listed(&self, x: Matrix<'_, T>, w: &Listed<'_, T>, rows: Range<usize>, out: &mut [T], out_row: usize) {
+        // SAFETY: extents checked by `listed_rows_args`; level as above.
+        unsafe { (self.rows)(&listed_rows_args(x, w, rows, out, out_row)) }
     }
 
     /// As [`rows`](Self::rows), on rows of bytes.
@@ -433,34 +521,17 @@ impl HalfTable {
     }
 
     /// As [`Table::stream`], single precision times bfloat16 lanes.
-    pub fn widen(
-        &self,
-        a: Matrix<'_, f32>,
-        b: Matrix<'_, half::bf16>,
-        c: &mut [f32],
-        c_row: usize,
-        accumulate: bool,
-        next: Option<Matrix<'_, half::bf16>>,
-    ) {
-        let args = tile_args(self.lanes, self.registers, a, b, c, c_row, accumulate);
-        // SAFETY: extents checked; `bf16` is a transparent `u16`; level as in `Table`.
-        unsafe {
-            (self.widen)(&tile::Args {
-                a: args.a,
-                a_row: args.a_row,
-                a_step: args.a_step,
-                b: args.b.cast(),
-                b_step: args.b_step,
-                depth: args.depth,
-                c: args.c,
-                c_row,
-                rows: args.rows,
-                width: args.width,
-                accumulate,
-                ahead: args.ahead,
-                toward: next.map_or(args.toward, |next| b.bytes_to(&next)),
-            })
-        }
+    pub fn widen(&self, a: Matrix<'_, f32>, b: Matrix<'_, bf16>, c: &mut [f32], c_row: usize) {
+        let args = tile_args(self.lanes, self.registers, a, b, c, c_row, true);
+        // SAFETY: extents checked; level as in `Table`.
+        unsafe { (self.widen)(&bits(&args)) }
+    }
+
+    /// As [`Table::stream_listed`], single precision times bfloat16 lanes.
+    pub fn widen_listed(&self, a: Matrix<'_, f32>, b: Piece<'_, '_, bf16>, c: &mut [f32], c_row: usize) {
+        let args = listed_tile_args(self.lanes, self.registers, a, b, c, c_row);
+        // SAFETY: extents checked by `listed_tile_args`; level as in `Table`.
+        unsafe { (self.widen)(&bits(&args)) }
     }
 
     /// As [`Table::pack`], on bfloat16 pairs: a move of 32-bit units, whatever they mean.
@@ -481,19 +552,17 @@ impl HalfTable {
         unsafe { (self.rows)(&rows_args(x, w, out, out_row)) }
     }
 
-    /// As [`Table::rows_toward`], on bfloat16 pairs.
-    pub fn rows_toward(
+    /// As [`Table::rows_listed`], on bfloat16 pairs.
+    pub fn rows_listed(
         &self,
         x: Matrix<'_, u32>,
-        w: Matrix<'_, u32>,
+        w: &Listed<'_, u32>,
+        rows: Range<usize>,
         out: &mut [f32],
         out_row: usize,
-        next: Option<Matrix<'_, u32>>,
     ) {
-        let mut args = rows_args(x, w, out, out_row);
-        args.toward = next.map_or(args.toward, |next| w.bytes_to(&next));
-        // SAFETY: extents checked by `rows_args`; level as in `Table`.
-        unsafe { (self.rows)(&args) }
+        // SAFETY: extents checked by `listed_rows_args`; level as in `Table`.
+        unsafe { (self.rows)(&listed_rows_args(x, w, rows, out, out_row)) }
     }
 
     /// A row of bytes as bfloat16 pairs (exact); an odd last one is paired with zero.

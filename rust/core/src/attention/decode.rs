@@ -13,19 +13,21 @@
 use super::dropout::Dropout;
 use super::finish;
 use super::mods::{Mods, Worker};
+use super::operands::all_finite;
 use super::prefill::{exponent, scale};
 use super::problem::Problem;
 use super::schedule::{Schedule, Visit};
+use super::sequence::Accessor;
 use super::tile::{self, Tile};
 use crate::arch::lanes::FloatLane;
-use crate::arch::{Kernel, Online};
+use crate::arch::{Kernel, Online, Piece};
 use crate::dtype::Real;
 use crate::error::Result;
 use crate::gemm::arithmetic::Arithmetic;
 use crate::gemm::pack::line_stride;
 use crate::gemm::{SERIAL_WORK, inner_products};
 use crate::threads;
-use crate::view::{Matrix, Rows};
+use crate::view::{Listed, Matrix, Rows};
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
@@ -169,12 +171,18 @@ fn one_visit<S: Arithmetic>(
     let blocks = || keys.clone().step_by(block).map(|start| start..keys.end.min(start + block));
     scores.resize((rows * visit.len).max(scores.len()), S::Acc::ZERO);
     let scores = &mut scores[..rows * visit.len];
+    let cached: Vec<_> = tiles.iter().map(|tile| Source::<S>::of(tile.keys(problem), &keys).units()).collect();
     for part in blocks() {
-        for (tile, start) in tiles.iter().zip(&starts) {
+        for ((tile, start), source) in tiles.iter().zip(&starts).zip(&cached) {
             let queries = Matrix::new(&lines[start * stride..], tile.count, depth, stride);
             let own = &mut scores[start * visit.len..];
-            tile.keys(problem).stream::<S>(part.clone(), |key, run, next| {
-                inner_products::<S>(queries, run, converted, &mut own[key - visit.start..], visit.len, next);
+            if let Source::Listed(list) = source {
+                let rows = part.start - visit.start..part.end - visit.start;
+                S::rows_listed(queries, list, rows, &mut own[part.start - visit.start..], visit.len);
+                continue;
+            }
+            tile.keys(problem).runs::<S>(part.clone(), |key, run| {
+                inner_products::<S>(queries, run, converted, &mut own[key - visit.start..], visit.len);
             });
         }
     }
@@ -187,16 +195,24 @@ fn one_visit<S: Arithmetic>(
         results.push(Partial { sums: vec![S::Acc::ZERO; tile.count * width], ..partial });
         hidden.push(masked);
     }
+    let cached: Vec<_> = tiles.iter().map(|tile| Source::<S>::of(tile.values(problem), &keys)).collect();
     for part in blocks() {
         for (number, (tile, start)) in tiles.iter().zip(&starts).enumerate() {
             let own = &scores[start * visit.len..(start + tile.count) * visit.len];
             let weights = Matrix::new(own, tile.count, visit.len, visit.len);
             let (masked, sums) = (&hidden[number], &mut results[number].sums);
-            tile.values(problem).stream::<S>(part.clone(), |key, run, next| {
+            if let Source::Listed(list) = &cached[number]
+                && masked.is_empty()
+                && listed_values(weights, list, part.start - visit.start..part.end - visit.start, sums)
+            {
+                continue;
+            }
+            tile.values(problem).runs::<S>(part.clone(), |key, run| {
                 let first = key - visit.start;
                 let weights = weights.part(0..tile.count, first..first + run.rows());
                 let hides = |row: usize, at: usize| !masked.is_empty() && masked[row * visit.len + first + at];
-                weighted_values(weights, (run, next), !masked.is_empty(), hides, sums, values);
+                let poisoned = !masked.is_empty() && !all_finite(run);
+                weighted_values(weights, run, poisoned, hides, sums, values);
             });
         }
     }
@@ -252,12 +268,57 @@ fn weigh<T: Kernel + FloatLane>(
     (Partial { reference, normaliser, sums: Vec::new() }, masked)
 }
 
+/// How a visit's keys or values are read.
+enum Source<'a, T> {
+    /// Evenly spaced, or converted.
+    Even,
+    /// From pages: a call for each would cost as much as reading it.
+    Listed(Listed<'a, T>),
+}
+
+impl<'a, S: Arithmetic> Source<'a, S> {
+    fn of(from: Accessor<'_, 'a>, keys: &Range<usize>) -> Self {
+        from.list(keys.clone()).map_or(Source::Even, Source::Listed)
+    }
+
+    /// The same rows as units, if they can be read so.
+    fn units(self) -> Source<'a, S::Unit> {
+        match self {
+            Source::Listed(list) => S::borrow_listed(list).map_or(Source::Even, Source::Listed),
+            Source::Even => Source::Even,
+        }
+    }
+}
+
+/// `sums += P V` for values from pages, if there is a kernel for their type.
+fn listed_values<S: Arithmetic>(
+    weights: Matrix<'_, S::Acc>,
+    list: &Listed<'_, S>,
+    keys: Range<usize>,
+    sums: &mut [S::Acc],
+) -> bool {
+    let (rows, width) = (weights.rows(), list.cols());
+    if !width.is_multiple_of(S::lanes()) {
+        return false;
+    }
+    for first in keys.clone().step_by(BLOCK) {
+        let own = first..keys.end.min(first + BLOCK);
+        for c in (0..width).step_by(S::panel()) {
+            let piece = Piece { of: list, rows: own.clone(), columns: c..width.min(c + S::panel()) };
+            if !S::mixed_listed(weights.part(0..rows, own.clone()), piece, &mut sums[c..], width) {
+                return false;
+            }
+        }
+    }
+    true
+}
+
 /// `sums += P V`: blocks of keys that stay in the first-level cache, a strip of registers at a time. `hidden` says which
-/// keys of a masked range a row must not see.
+/// keys a row must not see, where some values are not finite (`poisoned`).
 fn weighted_values<S: Arithmetic>(
     weights: Matrix<'_, S::Acc>,
-    (value, next): (Matrix<'_, S>, Option<Matrix<'_, S>>),
-    masked: bool,
+    value: Matrix<'_, S>,
+    poisoned: bool,
     hidden: impl Fn(usize, usize) -> bool,
     sums: &mut [S::Acc],
     scratch: &mut Vec<S::Acc>,
@@ -269,9 +330,8 @@ fn weighted_values<S: Arithmetic>(
         let weights = weights.part(0..rows, keys.clone());
         for c in (0..width).step_by(S::panel()) {
             let strip = S::panel().min(width - c);
-            let whole = c + strip <= dim && !masked;
-            let next = next.map(|next| next.part(0..1, c..dim.min(c + strip)));
-            if whole && S::mixed(weights, value.part(keys.clone(), c..c + strip), &mut sums[c..], width, next) {
+            let whole = c + strip <= dim && !poisoned;
+            if whole && S::mixed(weights, value.part(keys.clone(), c..c + strip), &mut sums[c..], width) {
                 continue;
             }
             // Converted, or completed to whole registers; what is not finite is left to the rows that attend it.
@@ -281,7 +341,7 @@ fn weighted_values<S: Arithmetic>(
             for (line, key) in scratch.chunks_mut(strip).zip(keys.clone()) {
                 for j in 0..columns {
                     let v = value.at(key, c + j).widen();
-                    if !masked || v.f64().is_finite() {
+                    if !poisoned || v.f64().is_finite() {
                         line[j] = v;
                         continue;
                     }

@@ -5,7 +5,7 @@
 use super::problem::Size;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::view::{Array, Matrix};
+use crate::view::{Array, Listed, Matrix};
 use std::ops::Range;
 
 /// One sequence. Its queries and keys count from 0.
@@ -44,9 +44,6 @@ impl Sequence {
         (low.clamp(0, high) as usize)..(high as usize)
     }
 }
-
-/// Keys at the end of a page that ask for the next page.
-const TURN: usize = 16;
 
 /// Columns of the array that describes sequences.
 const COLUMNS: [&str; 6] = ["query_batch", "query_start", "query_count", "key_batch", "key_start", "key_count"];
@@ -198,24 +195,14 @@ impl<'a> Accessor<'_, 'a> {
         }
     }
 
-    /// As [`runs`](Self::runs), for reading from memory: with each run comes what to ask for meanwhile, where that does not
-    /// follow it at the same distance. Runs are then cut so that this is never far.
-    pub fn stream<T: crate::dtype::Element>(
-        &self,
-        keys: Range<usize>,
-        mut body: impl FnMut(usize, Matrix<'a, T>, Option<Matrix<'a, T>>),
-    ) {
-        let Some(pages) = self.pages else { return self.runs(keys, |key, run| body(key, run, None)) };
-        let mut key = keys.start;
-        while key < keys.end {
-            let rest = pages.size - key % pages.size;
-            // The end of a page asks for the next one; what is before it, for its end.
-            let count = if rest > TURN { rest - TURN } else { rest };
-            let run = self.run(key, count.min(keys.end - key));
-            let after = key + rest;
-            let next = (rest <= TURN && after < self.sequence.keys).then(|| self.run(after, 1));
-            body(key, run, next);
-            key += run.rows();
-        }
+    /// The rows of `keys` of a paged cache, if elements of a row are adjacent.
+    pub fn list<T: crate::dtype::Element>(&self, keys: Range<usize>) -> Option<Listed<'a, T>> {
+        let pages = self.pages?;
+        let piece = |page: usize| {
+            let (start, end) = (page * pages.size, (page + 1) * pages.size);
+            let (first, last) = (keys.start.max(start), keys.end.min(end));
+            (pages.of(self.number, start), first - start, last - first)
+        };
+        Listed::new(self.array, self.head, (keys.start / pages.size..keys.end.div_ceil(pages.size)).map(piece))
     }
 }

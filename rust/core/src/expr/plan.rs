@@ -6,8 +6,9 @@
 //! stays in the first-level cache.
 
 use super::bounds::Span;
-use super::program::Program;
+use super::program::{Kind, Program};
 use super::table::{Class, Op, Value};
+use crate::arch::lanes::Own;
 use std::collections::HashMap;
 
 /// A register file.
@@ -123,6 +124,29 @@ pub struct Addition {
     pub value: Source,
     /// Where.
     pub index: Vec<Source>,
+    /// What the place depends on.
+    pub rate: Rate,
+}
+
+/// How the result of a chunk gets into its block: the last operation writes there if it can.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum Finish {
+    /// It is copied.
+    #[default]
+    Copy,
+    /// The last step writes it there.
+    Write,
+    /// An operation on the block's own values.
+    Update {
+        /// The operation.
+        op: Op,
+        /// Which operand is the block.
+        own: Own,
+        /// The other.
+        other: Source,
+    },
+    /// The block plus a product.
+    AddProduct(Source, Source),
 }
 
 /// A value of one side that elements need: from, to, one value an element.
@@ -147,8 +171,8 @@ pub struct Plan {
     pub result: Option<Source>,
     /// What is added to gradients of captures.
     pub additions: Vec<Addition>,
-    /// Whether the last step by element makes the result and nothing else reads it: it may write where the result goes.
-    pub direct: bool,
+    /// How the result gets into the block.
+    pub finish: Finish,
     /// The rate of every slot, by file.
     pub slots: [Vec<Rate>; 5],
 }
@@ -186,18 +210,47 @@ impl Plan {
             node: scatter.value,
             value: compiler.element(scatter.value),
             index: scatter.index.iter().map(|&id| compiler.element(id)).collect(),
+            rate: scatter.index.iter().fold(Rate::Uniform, |rate, &id| rate.join(compiler.rate[id as usize])),
         });
         let additions = additions.collect();
         let mut plan = compiler.plan;
         (plan.result, plan.additions) = (Some(result), additions);
         plan.share_slots();
-        plan.direct = plan.additions.is_empty()
-            && plan.both.last().is_some_and(|step| {
-                Some(Source::Slice(step.to)) == plan.result
-                    && step.to.file == File::Float
-                    && !step.from.iter().any(|source| matches!(source, Source::Score | Source::Grad))
-            });
+        plan.shorten(if program.kind() == Kind::Gradient { Source::Grad } else { Source::Score });
         plan
+    }
+
+    /// Takes the last step out of the list if it can work on the block itself.
+    fn shorten(&mut self, block: Source) {
+        let Some(last) = self.both.last() else { return };
+        let fits = Some(Source::Slice(last.to)) == self.result && last.to.file == File::Float;
+        if !fits || !self.additions.is_empty() {
+            return;
+        }
+        let (what, from) = (last.what, last.from.clone());
+        if !from.contains(&block) {
+            self.finish = Finish::Write;
+            return;
+        }
+        let (What::Compute(op @ (Op::Add | Op::Sub | Op::Mul | Op::Div | Op::Min | Op::Max)), [a, b]) =
+            (what, &from[..])
+        else {
+            return;
+        };
+        if a == b {
+            return;
+        }
+        let (own, other) = if *a == block { (Own::First, *b) } else { (Own::Second, *a) };
+        self.both.pop();
+        self.finish = Finish::Update { op, own, other };
+        if let Some(product) = self.both.last()
+            && (op, product.what) == (Op::Add, What::Compute(Op::Mul))
+            && other == Source::Slice(product.to)
+            && !product.from.contains(&block)
+        {
+            self.finish = Finish::AddProduct(product.from[0], product.from[1]);
+            self.both.pop();
+        }
     }
 
     /// Gives values by element that are never alive together one slot.

@@ -551,7 +551,10 @@ pub static TABLE: &[Entry] = &[
         derivative: |g, c| {
             let (first, second) = (g.make(Op::Square, &[c.args[0]]), g.make(Op::Square, &[c.args[1]]));
             let sum = g.make(Op::Add, &[first, second]);
-            let scaled = g.make(Op::Div, &[c.grad, sum]);
+            // At the origin there is no angle, and torch calls its slope 0.
+            let zero = g.float(0.0);
+            let (origin, quotient) = (g.make(Op::Eq, &[sum, zero]), g.make(Op::Div, &[c.grad, sum]));
+            let scaled = g.make(Op::Where, &[origin, zero, quotient]);
             let other = g.make(Op::Mul, &[scaled, c.args[0]]);
             vec![(0, g.make(Op::Mul, &[scaled, c.args[1]])), (1, g.make(Op::Neg, &[other]))]
         },

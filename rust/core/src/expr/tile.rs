@@ -10,7 +10,7 @@
 //! Repeating a side's values over a chunk makes every operation one flat loop over whole registers.
 
 use super::bind::{Bound, Offence};
-use super::plan::{Addition, File, Rate, Slot, Source, Spread, Step, What};
+use super::plan::{Addition, File, Finish, Rate, Slot, Source, Spread, Step, What};
 use super::table::{Op, Value};
 use crate::arch::lanes::{
     Addresses, Binary, Compare, FloatLane, Index, IntegerLane, Logic, Mask, Operand, TRUE, Unary,
@@ -290,6 +290,7 @@ pub struct Evaluator<'p, 'a, T> {
     /// The width and orientation for which the lane side is computed; 0 if it is not.
     ready: usize,
     numbers: [Vec<usize>; 2],
+    sums: Vec<T>,
 }
 
 impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
@@ -303,7 +304,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
         files.masks.resize_with(count(File::Mask), Register::default);
         files.addresses.resize_with(count(File::Address), Addresses::default);
         let numbers = [Vec::new(), Vec::new()];
-        Self { bound, files, batch: 0, lanes: 0, lanes_are_keys: false, width: 0, ready: 0, numbers }
+        Self { bound, files, batch: 0, lanes: 0, lanes_are_keys: false, width: 0, ready: 0, numbers, sums: Vec::new() }
     }
 
     /// Sets the lane side of the blocks that follow, and their batch.
@@ -413,8 +414,8 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
             let (before, part) = (scores.map(|scores| &scores[elements.clone()]), &mut block[elements]);
             let valid = Valid { period: width, count: self.lanes };
             for (i, step) in plan.both.iter().enumerate() {
-                if plan.direct && i + 1 == plan.both.len() {
-                    let elements = Elements { scores: &[], grads: &[], row: first };
+                if plan.finish == Finish::Write && i + 1 == plan.both.len() {
+                    let elements = Elements { scores: before.unwrap_or(&[]), grads: &[], row: first };
                     self.float_step(step, valid, elements, part);
                     break;
                 }
@@ -424,10 +425,24 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
                 };
                 self.step(step, rows, (last - first) * width, valid, elements);
             }
+            self.update(plan.finish, before.unwrap_or(&[]), part, first);
             if !body(self, before.unwrap_or(&[]), part) {
                 break;
             }
             first = last;
+        }
+    }
+
+    /// A last operation on the block itself.
+    fn update(&self, finish: Finish, scores: &[T], part: &mut [T], row: usize) {
+        let elements = Elements { scores, grads: &[], row };
+        let operand = |source: Source| self.files.float(source, part.len(), elements);
+        match finish {
+            Finish::Copy | Finish::Write => {}
+            Finish::Update { op, own, other } => {
+                T::floats().update(binary(op).unwrap_or(Binary::Add), own, operand(other), part);
+            }
+            Finish::AddProduct(a, b) => T::floats().add_product(operand(a), operand(b), part),
         }
     }
 
@@ -445,7 +460,7 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
 
     fn write(&self, result: Source, part: &mut [T]) {
         match result {
-            Source::Slice(_) if self.bound.plan.direct => {}
+            Source::Slice(_) if self.bound.plan.finish != Finish::Copy => {}
             Source::Slice(slot) => part.copy_from_slice(&self.files.floats[slot.index][..part.len()]),
             Source::Splat(slot) => part.fill(self.files.floats[slot.index][0]),
             Source::Score | Source::Grad => {}
@@ -505,29 +520,51 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
         });
     }
 
-    /// Adds a chunk's elements into a capture's gradient.
+    /// Adds a chunk's elements into a capture's gradient: by lanes first where the place depends on the lane alone, by
+    /// rows first where it does not depend on the lane, in the order of the elements otherwise.
     fn add(&mut self, addition: &Addition, count: usize, elements: Elements<'_, T>, gradient: &mut CaptureGradient<T>) {
         let (width, lanes) = (self.width, self.lanes);
+        let lane_rate = if self.lanes_are_keys { Rate::Keys } else { Rate::Queries };
         let mut offsets = take(&mut self.files.offsets);
-        let indices = self.files.indices(&addition.index, count);
-        if !Logic::table().offsets(&gradient.shape, &indices, &mut offsets[..count]) {
+        // Every row has the same places, or every element its own.
+        let places = if addition.rate == lane_rate { width } else { count };
+        let indices = self.files.indices(&addition.index, places);
+        if !Logic::table().offsets(&gradient.shape, &indices, &mut offsets[..places]) {
             let index = addition.index.iter().copied().enumerate();
             self.blame(addition.node, addition.capture, index, count, Valid { period: width, count: lanes });
         }
-        let value = self.files.float(addition.value, count, elements);
+        let mut sums = take(&mut self.sums);
+        sums.clear();
         if !gradient.sums.is_empty() {
-            for row in (0..count).step_by(width) {
-                for i in row..row + lanes {
-                    let sum = &mut gradient.sums[offsets[i] as usize];
-                    *sum = *sum
-                        + match value {
-                            Operand::Slice(values) => values[i],
-                            Operand::Splat(value) => value,
-                        };
+            let splat;
+            let values = match self.files.float(addition.value, count, elements) {
+                Operand::Slice(values) => values,
+                Operand::Splat(value) => {
+                    splat = vec![value; count];
+                    &splat
+                }
+            };
+            let mut put = |place: i64, value: T| {
+                let sum = &mut gradient.sums[place as usize];
+                *sum = *sum + value;
+            };
+            if addition.rate == lane_rate {
+                sums.resize(lanes, T::ZERO);
+                for row in values.chunks_exact(width) {
+                    sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum = *sum + x);
+                }
+                sums.iter().zip(&offsets).for_each(|(&sum, &place)| put(place, sum));
+            } else if addition.rate == Rate::Both {
+                for (row, places) in values.chunks_exact(width).zip(offsets.chunks_exact(width)) {
+                    row[..lanes].iter().zip(places).for_each(|(&x, &place)| put(place, x));
+                }
+            } else {
+                for (row, places) in values.chunks_exact(width).zip(offsets.chunks_exact(width)) {
+                    put(places[0], total(&row[..lanes]));
                 }
             }
         }
-        self.files.offsets = offsets;
+        (self.sums, self.files.offsets) = (sums, offsets);
     }
 
     /// Runs one step over `count` elements.
@@ -824,6 +861,15 @@ impl<'p, 'a, T: FloatLane> Evaluator<'p, 'a, T> {
             self.bound.record(Offence { node: step.node, axis: None, capture: 0, index: 0 });
         }
     }
+}
+
+/// The sum of a row, in an order that depends on its length alone.
+fn total<T: FloatLane>(row: &[T]) -> T {
+    let mut sums = [T::ZERO; 8];
+    for part in row.chunks(8) {
+        sums.iter_mut().zip(part).for_each(|(sum, &x)| *sum = *sum + x);
+    }
+    sums.into_iter().fold(T::ZERO, |sum, x| sum + x)
 }
 
 fn unary(op: Op) -> Option<Unary> {

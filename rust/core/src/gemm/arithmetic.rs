@@ -10,11 +10,12 @@
 //! | f16 | f32 (converted) | f32 | fused multiply-add |
 
 use crate::arch::lanes::FloatLane;
-use crate::arch::{Ahead, Kernel, Online, Round, Slopes, half_table};
+use crate::arch::{Ahead, Kernel, Online, Piece, Round, Slopes, half_table};
 use crate::dtype::{Float, Real};
 use crate::scratch::Kept;
-use crate::view::Matrix;
+use crate::view::{Listed, Matrix};
 use half::{bf16, f16};
+use std::ops::Range;
 
 /// Weights and slopes as the products of the backward pass read them; unused where those are the blocks themselves.
 #[derive(Debug, Default)]
@@ -62,6 +63,8 @@ pub trait Arithmetic: Round + Float<Acc: Kernel + FloatLane> {
     fn copy_i8(line: Matrix<'_, i8>, units: &mut [Self::Unit]);
     /// The same memory as units, where the layout allows.
     fn borrow(matrix: Matrix<'_, Self>) -> Option<Matrix<'_, Self::Unit>>;
+    /// As [`borrow`](Self::borrow), of rows that lie anywhere.
+    fn borrow_listed(rows: Listed<'_, Self>) -> Option<Listed<'_, Self::Unit>>;
     /// Lines into a panel; see [`Table::pack`](crate::arch::Table::pack).
     fn pack(lines: &[&[Self::Unit]], depth: usize, width: usize, panel: &mut [Self::Unit]);
     /// Broadcast A times lanes of B; see [`Table::tile`](crate::arch::Table::tile).
@@ -76,16 +79,14 @@ pub trait Arithmetic: Round + Float<Acc: Kernel + FloatLane> {
         ahead: &mut Ahead,
     );
     /// Inner products along the units; see [`Table::rows`](crate::arch::Table::rows).
-    fn rows(x: Matrix<'_, Self::Unit>, w: Matrix<'_, Self::Unit>, out: &mut [Self::Acc], out_row: usize) {
-        Self::rows_toward(x, w, out, out_row, None);
-    }
-    /// As [`rows`](Self::rows), asking for the rows `next` meanwhile.
-    fn rows_toward(
+    fn rows(x: Matrix<'_, Self::Unit>, w: Matrix<'_, Self::Unit>, out: &mut [Self::Acc], out_row: usize);
+    /// As [`rows`](Self::rows), for some rows of a W whose rows lie anywhere.
+    fn rows_listed(
         x: Matrix<'_, Self::Unit>,
-        w: Matrix<'_, Self::Unit>,
+        w: &Listed<'_, Self::Unit>,
+        rows: Range<usize>,
         out: &mut [Self::Acc],
         out_row: usize,
-        next: Option<Matrix<'_, Self::Unit>>,
     );
     /// A lane-major block of accumulators as units along its rows (rounded to the source type).
     fn seal(block: &[Self::Acc], rows: usize, width: usize, units: &mut [Self::Unit]);
@@ -99,14 +100,10 @@ pub trait Arithmetic: Round + Float<Acc: Kernel + FloatLane> {
     /// A lane-major block of units into lines: `lines[r][k] = block[k * width + r]` for `k < count`.
     fn turn(block: &[Self::Unit], count: usize, width: usize, lines: &mut [&mut [Self::Unit]]);
     /// `c +=` accumulators times lanes of source elements that come from memory, if the kernel for it exists and B's rows
-    /// are adjacent lanes; asks for `next` meanwhile.
-    fn mixed(
-        a: Matrix<'_, Self::Acc>,
-        b: Matrix<'_, Self>,
-        c: &mut [Self::Acc],
-        c_row: usize,
-        next: Option<Matrix<'_, Self>>,
-    ) -> bool;
+    /// are adjacent lanes.
+    fn mixed(a: Matrix<'_, Self::Acc>, b: Matrix<'_, Self>, c: &mut [Self::Acc], c_row: usize) -> bool;
+    /// As [`mixed`](Self::mixed), for some rows and columns of a B whose rows lie anywhere.
+    fn mixed_listed(a: Matrix<'_, Self::Acc>, b: Piece<'_, '_, Self>, c: &mut [Self::Acc], c_row: usize) -> bool;
 
     /// One block of the online softmax over a lane-major score block; see [`Table::softmax`](crate::arch::Table::softmax).
     /// The weights lie where [`weights`](Self::weights) says. Returns whether a reference moved.
@@ -179,6 +176,9 @@ macro_rules! plain {
             fn borrow(matrix: Matrix<'_, $t>) -> Option<Matrix<'_, $t>> {
                 Some(matrix)
             }
+            fn borrow_listed(rows: Listed<'_, $t>) -> Option<Listed<'_, $t>> {
+                Some(rows)
+            }
             fn pack(lines: &[&[$t]], depth: usize, width: usize, panel: &mut [$t]) {
                 <$t>::table().pack(lines, depth, width, panel);
             }
@@ -195,14 +195,11 @@ macro_rules! plain {
             ) {
                 <$t>::table().tile_ahead(a, b, c, c_row, accumulate, ahead);
             }
-            fn rows_toward(
-                x: Matrix<'_, $t>,
-                w: Matrix<'_, $t>,
-                out: &mut [$t],
-                out_row: usize,
-                next: Option<Matrix<'_, $t>>,
-            ) {
-                <$t>::table().rows_toward(x, w, out, out_row, next);
+            fn rows(x: Matrix<'_, $t>, w: Matrix<'_, $t>, out: &mut [$t], out_row: usize) {
+                <$t>::table().rows(x, w, out, out_row);
+            }
+            fn rows_listed(x: Matrix<'_, $t>, w: &Listed<'_, $t>, rows: Range<usize>, out: &mut [$t], out_row: usize) {
+                <$t>::table().rows_listed(x, w, rows, out, out_row);
             }
             fn seal(block: &[$t], rows: usize, width: usize, units: &mut [$t]) {
                 units[..rows * width].copy_from_slice(&block[..rows * width]);
@@ -233,15 +230,13 @@ macro_rules! plain {
             fn weights<'w>(scores: &'w [$t], _: &'w [$t], count: usize) -> &'w [$t] {
                 &scores[..count]
             }
-            fn mixed(
-                a: Matrix<'_, $t>,
-                b: Matrix<'_, $t>,
-                c: &mut [$t],
-                c_row: usize,
-                next: Option<Matrix<'_, $t>>,
-            ) -> bool {
+            fn mixed_listed(a: Matrix<'_, $t>, b: Piece<'_, '_, $t>, c: &mut [$t], c_row: usize) -> bool {
+                <$t>::table().stream_listed(a, b, c, c_row);
+                true
+            }
+            fn mixed(a: Matrix<'_, $t>, b: Matrix<'_, $t>, c: &mut [$t], c_row: usize) -> bool {
                 if b.col_stride() == 1 {
-                    <$t>::table().stream(a, b, c, c_row, true, next);
+                    <$t>::table().stream(a, b, c, c_row);
                 }
                 b.col_stride() == 1
             }
@@ -283,6 +278,9 @@ impl Arithmetic for f16 {
     fn borrow(_: Matrix<'_, f16>) -> Option<Matrix<'_, f32>> {
         None
     }
+    fn borrow_listed(_: Listed<'_, f16>) -> Option<Listed<'_, f32>> {
+        None
+    }
     fn pack(lines: &[&[f32]], depth: usize, width: usize, panel: &mut [f32]) {
         f32::pack(lines, depth, width, panel);
     }
@@ -299,14 +297,11 @@ impl Arithmetic for f16 {
     ) {
         f32::table().tile_ahead(a, b, c, c_row, accumulate, ahead);
     }
-    fn rows_toward(
-        x: Matrix<'_, f32>,
-        w: Matrix<'_, f32>,
-        out: &mut [f32],
-        out_row: usize,
-        next: Option<Matrix<'_, f32>>,
-    ) {
-        f32::table().rows_toward(x, w, out, out_row, next);
+    fn rows(x: Matrix<'_, f32>, w: Matrix<'_, f32>, out: &mut [f32], out_row: usize) {
+        f32::table().rows(x, w, out, out_row);
+    }
+    fn rows_listed(x: Matrix<'_, f32>, w: &Listed<'_, f32>, rows: Range<usize>, out: &mut [f32], out_row: usize) {
+        f32::table().rows_listed(x, w, rows, out, out_row);
     }
     fn seal(block: &[f32], rows: usize, width: usize, units: &mut [f32]) {
         for (unit, value) in units.iter_mut().zip(&block[..rows * width]) {
@@ -336,7 +331,10 @@ impl Arithmetic for f16 {
     fn weights<'w>(scores: &'w [f32], _: &'w [f32], count: usize) -> &'w [f32] {
         &scores[..count]
     }
-    fn mixed(_: Matrix<'_, f32>, _: Matrix<'_, f16>, _: &mut [f32], _: usize, _: Option<Matrix<'_, f16>>) -> bool {
+    fn mixed_listed(_: Matrix<'_, f32>, _: Piece<'_, '_, f16>, _: &mut [f32], _: usize) -> bool {
+        false
+    }
+    fn mixed(_: Matrix<'_, f32>, _: Matrix<'_, f16>, _: &mut [f32], _: usize) -> bool {
         false
     }
 
@@ -393,6 +391,9 @@ impl Arithmetic for bf16 {
     fn borrow(matrix: Matrix<'_, bf16>) -> Option<Matrix<'_, u32>> {
         matrix.pairs()
     }
+    fn borrow_listed(rows: Listed<'_, bf16>) -> Option<Listed<'_, u32>> {
+        rows.pairs()
+    }
     fn pack(lines: &[&[u32]], depth: usize, width: usize, panel: &mut [u32]) {
         half_table().pack(lines, depth, width, panel);
     }
@@ -409,14 +410,11 @@ impl Arithmetic for bf16 {
     ) {
         half_table().tile_ahead(a, b, c, c_row, accumulate, ahead);
     }
-    fn rows_toward(
-        x: Matrix<'_, u32>,
-        w: Matrix<'_, u32>,
-        out: &mut [f32],
-        out_row: usize,
-        next: Option<Matrix<'_, u32>>,
-    ) {
-        half_table().rows_toward(x, w, out, out_row, next);
+    fn rows(x: Matrix<'_, u32>, w: Matrix<'_, u32>, out: &mut [f32], out_row: usize) {
+        half_table().rows(x, w, out, out_row);
+    }
+    fn rows_listed(x: Matrix<'_, u32>, w: &Listed<'_, u32>, rows: Range<usize>, out: &mut [f32], out_row: usize) {
+        half_table().rows_listed(x, w, rows, out, out_row);
     }
     fn seal(block: &[f32], rows: usize, width: usize, units: &mut [u32]) {
         half_table().interleave(block, rows, width, units);
@@ -466,15 +464,13 @@ impl Arithmetic for bf16 {
     fn weights<'w>(_: &'w [f32], units: &'w [u32], count: usize) -> &'w [u32] {
         &units[..count]
     }
-    fn mixed(
-        a: Matrix<'_, f32>,
-        b: Matrix<'_, bf16>,
-        c: &mut [f32],
-        c_row: usize,
-        next: Option<Matrix<'_, bf16>>,
-    ) -> bool {
+    fn mixed_listed(a: Matrix<'_, f32>, b: Piece<'_, '_, bf16>, c: &mut [f32], c_row: usize) -> bool {
+        half_table().widen_listed(a, b, c, c_row);
+        true
+    }
+    fn mixed(a: Matrix<'_, f32>, b: Matrix<'_, bf16>, c: &mut [f32], c_row: usize) -> bool {
         if b.col_stride() == 1 {
-            half_table().widen(a, b, c, c_row, true, next);
+            half_table().widen(a, b, c, c_row);
         }
         b.col_stride() == 1
     }

@@ -261,7 +261,7 @@ fn few_rows<S: Arithmetic, O: Round<Acc = S::Acc>>(
             let count = SEGMENT.min(b.rows() - first);
             let part = b.part(first..first + count, 0..b.cols());
             sums.resize(m * SEGMENT, S::Acc::ZERO);
-            inner_products::<S>(left, part, scratch, sums, SEGMENT, None);
+            inner_products::<S>(left, part, scratch, sums, SEGMENT);
             for (r, line) in sums.chunks(SEGMENT).enumerate().take(m) {
                 let target = out.take(r * out.per_row() + segment);
                 O::round(&line[..target.len()], target);
@@ -270,17 +270,16 @@ fn few_rows<S: Arithmetic, O: Round<Acc = S::Acc>>(
     )
 }
 
-/// `out[x, w] = <X[x], W[w]>` for lines of any layout: W is read in place if it can be. `next`: lines to ask for meanwhile.
+/// `out[x, w] = <X[x], W[w]>` for lines of any layout: W is read in place if it can be.
 pub(crate) fn inner_products<S: Arithmetic>(
     x: Matrix<'_, S::Unit>,
     w: Matrix<'_, S>,
     scratch: &mut Vec<S::Unit>,
     out: &mut [S::Acc],
     out_row: usize,
-    next: Option<Matrix<'_, S>>,
 ) {
     if let Some(lines) = S::borrow(w).filter(|lines| lines.col_stride() == 1 || lines.cols() <= 1) {
-        return S::rows_toward(x, lines, out, out_row, next.and_then(S::borrow));
+        return S::rows(x, lines, out, out_row);
     }
     let stride = pack::line_stride(x.cols());
     let count = w.rows();

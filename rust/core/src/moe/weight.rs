@@ -151,7 +151,7 @@ impl<S: Arithmetic> Few<S> {
     pub fn products(&mut self, weight: Weight<'_, S>, out: &mut [S::Acc], out_row: usize) {
         match weight {
             Weight::Plain(rows) => {
-                inner_products::<S>(self.units.matrix(), rows, &mut self.converted, out, out_row, None);
+                inner_products::<S>(self.units.matrix(), rows, &mut self.converted, out, out_row);
             }
             Weight::Bytes(mut rows) => {
                 if rows.col_stride() != 1 && rows.cols() > 1 {

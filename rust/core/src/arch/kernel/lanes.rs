@@ -257,6 +257,54 @@ pub(crate) fn float_binary<T: Elementary>(op: Binary, a: Operand<'_, T>, b: Oper
     }
 }
 
+/// Which operand of an operation is the output's old value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Own {
+    /// The first.
+    First,
+    /// The second.
+    Second,
+}
+
+/// A function of two floats, one of which is the output's old value.
+#[inline(always)]
+pub(crate) fn float_update<T: Elementary>(op: Binary, own: Own, other: Operand<'_, T>, out: &mut [T]) {
+    #[inline(always)]
+    fn each<T: Copy>(other: Operand<'_, T>, out: &mut [T], f: impl Fn(T, T) -> T) {
+        match other {
+            Operand::Slice(other) => out.iter_mut().zip(other).for_each(|(z, &x)| *z = f(*z, x)),
+            Operand::Splat(x) => out.iter_mut().for_each(|z| *z = f(*z, x)),
+        }
+    }
+    match (op, own) {
+        (Binary::Add, _) => each(other, out, |z, x| z + x),
+        (Binary::Mul, _) => each(other, out, |z, x| z * x),
+        (Binary::Sub, Own::First) => each(other, out, |z, x| z - x),
+        (Binary::Sub, Own::Second) => each(other, out, |z, x| x - z),
+        (Binary::Div, Own::First) => each(other, out, |z, x| z / x),
+        (Binary::Div, Own::Second) => each(other, out, |z, x| x / z),
+        (Binary::Min, Own::First) => each(other, out, minimum),
+        (Binary::Min, Own::Second) => each(other, out, |z, x| minimum(x, z)),
+        (Binary::Max, Own::First) => each(other, out, maximum),
+        (Binary::Max, Own::Second) => each(other, out, |z, x| maximum(x, z)),
+        (other, _) => unreachable!("{other:?} does not update"),
+    }
+}
+
+/// `out += a * b`, rounded twice.
+#[inline(always)]
+pub(crate) fn add_product<T: Elementary>(a: Operand<'_, T>, b: Operand<'_, T>, out: &mut [T]) {
+    match (a, b) {
+        (Operand::Slice(a), Operand::Slice(b)) => {
+            out.iter_mut().zip(a).zip(b).for_each(|((z, &a), &b)| *z = *z + a * b);
+        }
+        (Operand::Slice(a), Operand::Splat(b)) | (Operand::Splat(b), Operand::Slice(a)) => {
+            out.iter_mut().zip(a).for_each(|(z, &a)| *z = *z + a * b);
+        }
+        (Operand::Splat(a), Operand::Splat(b)) => out.iter_mut().for_each(|z| *z = *z + a * b),
+    }
+}
+
 /// Integer lanes; arithmetic wraps around.
 pub(crate) trait Integer: Copy + Ord + Default + 'static {
     const ZERO: Self;
@@ -428,8 +476,11 @@ pub(crate) fn blank<T: Copy>(mask: &[Mask], value: T, block: &mut [T]) {
 /// Each value of `from`, `width` times.
 #[inline(always)]
 pub(crate) fn spread<X: Copy>(from: &[X], width: usize, out: &mut [X]) {
+    // Whole registers first: rows are often three of them, less than the unrolled loop of a `fill`.
     for (row, &x) in out.chunks_exact_mut(width).zip(from) {
-        row.fill(x);
+        let (registers, rest) = row.as_chunks_mut::<16>();
+        registers.iter_mut().for_each(|register| *register = [x; 16]);
+        rest.fill(x);
     }
 }
 

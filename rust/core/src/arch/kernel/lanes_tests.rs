@@ -2,7 +2,6 @@
 
 use crate::arch::lanes::{FloatLane, Operand, Unary};
 use crate::arch::{Level, force};
-use std::sync::Mutex;
 
 /// Distance in units of the last place of the truth.
 fn units(got: f32, truth: f64) -> f64 {
@@ -38,23 +37,21 @@ fn functions_are_accurate_at_every_level() {
     let sigmoid = |x: f64| 1.0 / (1.0 + libm::exp(-x));
     let functions: [(Unary, fn(f64) -> f64, f64); 14] = [
         (Unary::Exp, libm::exp, 1.0),
-        (Unary::Exp2, libm::exp2, 1.0),
+        (Unary::Exp2, libm::exp2, 2.0),
         (Unary::Expm1, libm::expm1, 2.0),
         (Unary::Log, libm::log, 1.0),
         (Unary::Log2, libm::log2, 2.0),
-        (Unary::Log1p, libm::log1p, 2.5),
-        (Unary::Sin, libm::sin, 1.0),
-        (Unary::Cos, libm::cos, 1.0),
-        (Unary::Tan, libm::tan, 1.0),
-        (Unary::Tanh, libm::tanh, 3.0),
-        (Unary::Sigmoid, sigmoid, 2.5),
-        (Unary::Erf, libm::erf, 2.5),
+        (Unary::Log1p, libm::log1p, 2.0),
+        (Unary::Sin, libm::sin, 0.6),
+        (Unary::Cos, libm::cos, 0.6),
+        (Unary::Tan, libm::tan, 0.6),
+        (Unary::Tanh, libm::tanh, 2.0),
+        (Unary::Sigmoid, sigmoid, 3.0),
+        (Unary::Erf, libm::erf, 3.0),
         (Unary::Sqrt, libm::sqrt, 0.6),
         (Unary::Round, libm::rint, 0.0),
     ];
     let arguments = arguments(20_011);
-    static LEVEL: Mutex<()> = Mutex::new(());
-    let _alone = LEVEL.lock().unwrap();
     for level in Level::COMPILED.iter().filter(|level| level.is_available()) {
         force(Some(level.name())).unwrap();
         let mut out = vec![0f32; arguments.len()];
@@ -72,7 +69,6 @@ fn functions_are_accurate_at_every_level() {
                     assert_eq!(got.is_sign_negative(), exact.is_sign_negative(), "{op:?}({x:e}) = {got:e}");
                 }
             }
-            println!("{} {op:?}: {:.2} units at {:e}", level.name(), worst.0, worst.1);
             assert!(worst.0 <= most, "{} {op:?}: {} units at {:e}", level.name(), worst.0, worst.1);
         }
     }

@@ -31,7 +31,13 @@ pub(crate) struct Args<X, W, C> {
     pub out_row: usize,
     /// Bytes from a unit of W to the one that is asked for meanwhile.
     pub toward: isize,
+    /// Null, or where each row of W is: `listed` of them, of which the first `w_rows` count and the others are asked for.
+    pub list: *const *const W,
+    pub listed: usize,
 }
+
+/// Listed rows that are asked for in advance.
+const AHEAD_ROWS: usize = 16;
 
 type ArgsOf<D> = Args<<D as Along>::X, <D as Along>::W, <<D as Along>::V as Vector>::Elem>;
 
@@ -52,23 +58,34 @@ unsafe fn block<D: Along, const XN: usize, const WN: usize>(args: &ArgsOf<D>, x0
         let mut registers = [zero; 16];
         let x = args.x.offset(x0 as isize * args.x_row);
         let whole = args.depth / lanes * lanes;
-        // More rows of X are more passes over 16 rows of W, which the second-level cache then keeps.
-        let once = args.x_rows <= 4;
+        // More rows of X are more passes over 16 rows of W, which the second-level cache then keeps, as it does what is asked
+        // for long before it is read: rows that lie apart are read a few at a time, with those beside them in between.
+        let once = args.x_rows <= 4 && args.list.is_null() && args.w_row == args.depth as isize;
         let mut j = 0;
         while j < WN {
-            let row = |s: usize| args.w.offset((w0 + j + s) as isize * args.w_row);
+            let row = |s: usize| {
+                let number = w0 + j + s;
+                if args.list.is_null() { args.w.offset(number as isize * args.w_row) } else { *args.list.add(number) }
+            };
+            let coming = |s: usize| {
+                if args.list.is_null() {
+                    return row(s).wrapping_byte_offset(args.toward);
+                }
+                *args.list.add((w0 + j + s + AHEAD_ROWS).min(args.listed - 1))
+            };
+            let (own, later) = ([row(0), row(side - 1)], [coming(0), coming(side - 1)]);
             let mut acc = [[[zero; 4]; XN]; 2];
             let mut k = 0;
             while k + steps * lanes <= whole {
                 for step in 0..steps {
                     let at = k + step * lanes;
-                    let mut wk = [D::load_w(row(0).add(at)); 2];
+                    let mut wk = [D::load_w(own[0].add(at)); 2];
                     for s in 0..side {
                         if step * register % line == 0 {
-                            let ahead = row(s).wrapping_byte_offset(args.toward).wrapping_add(at);
+                            let ahead = later[s].wrapping_add(at);
                             if once { D::V::prefetch_once(ahead) } else { D::V::prefetch(ahead) }
                         }
-                        wk[s] = D::load_w(row(s).add(at));
+                        wk[s] = D::load_w(own[s].add(at));
                     }
                     for i in 0..XN {
                         let xk = D::load_x(x.offset(i as isize * args.x_row).add(at));
@@ -80,7 +97,7 @@ unsafe fn block<D: Along, const XN: usize, const WN: usize>(args: &ArgsOf<D>, x0
                 k += steps * lanes;
             }
             for s in 0..side {
-                let w = row(s);
+                let w = own[s];
                 let mut k = k;
                 while k < whole {
                     let wk = D::load_w(w.add(k));

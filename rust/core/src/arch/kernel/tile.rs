@@ -69,7 +69,15 @@ pub(crate) struct Args<A, B, C> {
     pub ahead: *mut Ahead,
     /// Bytes from a unit of B to the one that a B from memory asks for meanwhile.
     pub toward: isize,
+    /// Null, or where each row of a B from memory is: `listed` of them, of which the first `depth` count and the others are
+    /// asked for. `b_first` is the first unit of each that is read.
+    pub list: *const *const B,
+    pub listed: usize,
+    pub b_first: usize,
 }
+
+/// Rows of B that are asked for in advance.
+pub(crate) const AHEAD: usize = 24;
 
 #[inline(always)]
 unsafe fn strip<
@@ -99,7 +107,10 @@ unsafe fn strip<
         let mut a = args.a.offset(first as isize * args.a_row);
         let mut b = args.b;
         let mut walk = if WALK { std::mem::take(&mut *args.ahead) } else { Ahead::default() };
-        for _ in 0..args.depth {
+        for k in 0..args.depth {
+            if MEMORY && !args.list.is_null() {
+                b = (*args.list.add(k)).add(args.b_first);
+            }
             if WALK {
                 if walk.left > 0 {
                     D::V::prefetch(walk.at as *const u8);
@@ -111,8 +122,13 @@ unsafe fn strip<
                 }
             }
             if MEMORY {
+                let coming = if args.list.is_null() {
+                    b.wrapping_byte_offset(args.toward)
+                } else {
+                    (*args.list.add((k + AHEAD).min(args.listed - 1))).wrapping_add(args.b_first)
+                };
                 for v in 0..NV {
-                    D::V::prefetch(b.wrapping_byte_offset(args.toward).wrapping_add(v * lanes));
+                    D::V::prefetch(coming.wrapping_add(v * lanes));
                 }
             }
             let mut lane_units = [D::load_b(b); NV];
@@ -126,7 +142,7 @@ unsafe fn strip<
                 }
             }
             a = a.offset(args.a_step);
-            b = b.offset(args.b_step);
+            b = b.wrapping_offset(args.b_step);
         }
         if WALK {
             *args.ahead = walk;
