@@ -3,7 +3,7 @@
 Rooms, each under one name on every floor (Rust core, NumPy here, PyTorch in :mod:`tilewise.torch`):
 
 * :mod:`tilewise.gemm`: matrix products with strided and gathered rows;
-* :mod:`tilewise.attention`: exact attention forward, prefill and decode;
+* :mod:`tilewise.attention`: exact attention, forward and backward, prefill and decode;
 * :mod:`tilewise.expr`: score and mask functions as programs; :mod:`tilewise.masks` and :mod:`tilewise.mods` name many;
 * :mod:`tilewise.moe`: routers, ``Routing`` and the expert layer;
 * :mod:`tilewise.speculation`: exact verification of drafted tokens.

@@ -6,8 +6,8 @@
         path, attn_implementation="tilewise", experts_implementation="tilewise"
     )
 
-or, for a model that is there already, ``tilewise.hf.switch(model)``. To train, experts alone:
-``tilewise.hf.switch(model, attention=False)``, and ``tilewise.hf.round_tokens(model)`` for token rounding.
+or, for a model that is there already, ``tilewise.hf.switch(model)``. Both train (attention with dropout, soft caps and
+sinks too); ``tilewise.hf.round_tokens(model)`` adds token rounding to the experts.
 
 Importing this package changes nothing in transformers; :func:`register` does, explicitly and as often as one likes.
 """
