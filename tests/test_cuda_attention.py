@@ -21,6 +21,7 @@ from cuda_emulator.attention_cases import (
     run_backward,
     run_forward,
 )
+from tilewise import _core
 from tilewise.attention.rules import Rules
 from tilewise.cuda import attention
 from tilewise.cuda.attention import kernels, operators, passes
@@ -473,3 +474,16 @@ def test_every_shape_fits_into_shared_memory() -> None:
                     shapes.append(kernels.forward_shape(dtype, width, value_width, features, NO_MOD, spread=spread))
             assert all(shape.shared <= 99 * 1024 for shape in shapes), (dtype, width, value_width)
     assert all(kernel.shared <= (227 if kernel.only else 99) * 1024 for kernel in kernels.KERNELS)
+
+
+def test_dropout_drops_what_the_cpu_drops(place: Place) -> None:
+    """One-hot values show each weight: both floors lose the same ones, in sequences too."""
+    rows = packed_rows([9, 5], [33, 20])
+    case = make("float32", (1, 4, 2, 14, 53, 24, 53), dropout=0.4, seed=2**50 + 1, sequences=rows)
+    case.value[:] = np.eye(53, dtype=np.float32)
+    out, lse = run_forward(case, place)
+    cpu, cpu_lse = np.empty_like(out), np.empty_like(lse)
+    _core.attention_forward(case.query, case.key, case.value, cpu, cpu_lse, Rules(**case.rules))
+    assert np.array_equal(out == 0, cpu == 0) and 0.3 < (out[:, :, :9, :33] == 0).mean() < 0.5
+    np.testing.assert_allclose(out, cpu, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(lse, cpu_lse, rtol=1e-5, atol=1e-6)
