@@ -177,6 +177,12 @@ def test_bad_arguments_are_named(name: str, call: Any, error: type[Exception], m
         call()
 
 
+def test_a_short_capture_is_refused_though_bounds_decide_alone() -> None:
+    ids = expr.array(np.zeros(60, np.int64))  # one document, so that no element needs to be looked at
+    with pytest.raises(ArgumentError, match="60"):
+        create_block_mask(lambda b, h, q, k: ids[q] == ids[k], None, None, 64, 64, 16)
+
+
 def test_drawings() -> None:
     mask = create_block_mask(MASKS["window"], 1, 2, 444, 444, 64)
     drawn = mask.to_string()

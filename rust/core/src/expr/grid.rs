@@ -11,7 +11,7 @@
 //! Halves are visited top before bottom and left before right, so each row's lists come out ascending. The layout is
 //! that of torch's BlockMask; a ragged last block is never full, since what lies beyond it is not attended.
 
-use super::bind::Bound;
+use super::bind::{Bound, Offence};
 use super::bounds::Region;
 use super::table::Op;
 use super::verdict::{Classifier, Verdict};
@@ -91,6 +91,29 @@ impl<T: FloatLane> Strip<'_, '_, '_, T> {
     }
 }
 
+/// Whether captures that are indexed by a plain query, key, head or batch hold one for each: bounds may decide on every
+/// block without looking at a single element.
+fn reaches<T: FloatLane>(bound: &Bound<'_, T>) -> Result<()> {
+    let (extents, nodes) = (bound.extents, bound.program.nodes());
+    for (number, node) in nodes.iter().enumerate().filter(|(_, node)| node.op == Op::Gather) {
+        let shape = bound.captures[node.bits as usize].shape();
+        for (axis, (&arg, &extent)) in node.args.iter().zip(shape).enumerate() {
+            let count = match nodes[arg as usize].op {
+                Op::Batch => extents.batch,
+                Op::Head => extents.heads,
+                Op::Query => extents.queries,
+                Op::Key => extents.keys,
+                _ => 0,
+            };
+            if count > extent {
+                let (node, capture) = (number as u32, node.bits as usize);
+                bound.record(Offence { node, axis: Some((axis, extent)), capture, index: extent as i64 });
+            }
+        }
+    }
+    bound.out_of_range().map_or(Ok(()), Err)
+}
+
 /// Fills the lists of a mask's partial and full blocks. The mask's extents are those it was bound for.
 ///
 /// # Errors
@@ -121,6 +144,7 @@ pub fn block_mask<T: FloatLane>(
     if i32::try_from(along).is_err() {
         return Err(Error::value("key_block", "a size that leaves fewer than 2^31 blocks", key_block));
     }
+    reaches(bound)?;
     let [partial, full] = [partial, full].map(Outputs::new);
     // A mask that does not look at batch or head is classified once and copied.
     let needed = bound.program.needed();
