@@ -9,7 +9,6 @@ from typing import Any, Literal, Protocol, TypedDict, final, type_check_only
 
 __all__ = [
     "Rounding",
-    "attention",
     "attention_backward",
     "attention_forward",
     "block_mask",
@@ -76,24 +75,6 @@ def cuda_files() -> list[str]: ...
 def matmul(a: _Array, b: _Array, rows: _Array | None, out: _Array) -> None: ...
 
 # attention
-def attention(
-    query: _Array,
-    key: _Array,
-    value: _Array,
-    out: _Array,
-    lse: _Array,
-    *,
-    scale: float,
-    causal: bool,
-    left: int | None,
-    right: int | None,
-    mask: _Array | None,
-    sinks: _Array | None,
-    block_indices: _Array | None,
-    block_size: int,
-) -> None: ...
-
-# expr
 def expr_check(text: str) -> None: ...
 def expr_simplify(text: str) -> str: ...
 def expr_gradient(text: str) -> str: ...
