@@ -68,10 +68,16 @@ def _outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return out, query.new_empty((batch, heads, queries), dtype=_accumulator(query))
 
 
+def _covers(rules: Rules, column: int, rows: Tensor) -> bool:
+    """Whether sequences (which share nothing) hold every row: a fill would be lost, and keeps OpenMP's threads spinning
+    beside ours."""
+    return rules.sequences is None or int(rules.sequences[:, column].sum()) == rows.shape[0] * rows.shape[2]
+
+
 def _kernel(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     rules = rules_of(rest)
     out, lse = _outputs(query, value)
-    if rules.sequences is not None:  # rows between the sequences are nobody's
+    if not _covers(rules, 2, query):  # rows between the sequences are nobody's
         out.zero_()
         lse.fill_(-torch.inf)
     _core.attention_forward(query.detach(), key.detach(), value.detach(), out, lse, rules)
@@ -113,8 +119,8 @@ def _backward_kernel(
     *arguments, wanted = rest
     rules = rules_of(arguments)
     made = _gradients(query, key, value, arguments, wanted)
-    if rules.sequences is not None:
-        for gradient in made[:3]:
+    for gradient, rows, column in zip(made[:3], (query, key, value), (2, 5, 5), strict=True):
+        if not _covers(rules, column, rows):
             gradient.zero_()
     grad_query, grad_key, grad_value, grad_sinks, *captures = (
         gradient if want else None for gradient, want in zip(made, wanted, strict=True)
