@@ -193,13 +193,17 @@ fn write<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, width: usize,
     let problem = stage.problem;
     let size = problem.size;
     let Scratch { sums, state, wide, .. } = scratch;
+    // All rows first: each is claimed by a locked instruction, which would wait for what was written before it.
+    let numbers: Vec<usize> = (0..tile.count).map(|lane| tile.number(problem, lane)).collect();
+    let mut slots: Vec<&mut [S::Acc]> = numbers.iter().map(|&number| stage.lse.take(number)).collect();
+    let mut targets: Vec<&mut [S]> = numbers.iter().map(|&number| stage.out.take(number)).collect();
     for lane in 0..width {
         let mut factor = S::Acc::ONE;
         if lane < tile.count {
             if let Some(sinks) = &problem.sinks {
                 factor = finish::add_sink(state, lane, sinks[tile.at(lane).1]);
             }
-            stage.lse.take(tile.number(problem, lane))[0] = finish::lse(state, lane);
+            slots[lane][0] = finish::lse(state, lane);
         }
         state.alpha[lane] = factor * finish::inverse(state, lane);
     }
@@ -207,8 +211,8 @@ fn write<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, width: usize,
     table.scale_rows(sums, size.value_dim, width, &state.alpha);
     let mut rows: Vec<&mut [S::Acc]> = wide.chunks_mut(size.value_dim).take(tile.count).collect();
     table.unpack(sums, size.value_dim, width, &mut rows);
-    for (lane, row) in rows.iter().enumerate() {
-        S::round(row, stage.out.take(tile.number(problem, lane)));
+    for (row, target) in rows.iter().zip(&mut targets) {
+        S::round(row, target);
     }
 }
 

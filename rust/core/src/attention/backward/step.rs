@@ -95,10 +95,11 @@ pub(super) fn one_tile<S: Arithmetic>(
     }
     let Some(query) = &stage.query else { return };
     let scale = S::Acc::of(problem.rules.scale);
-    for (lane, sums) in scratch.sums.chunks_mut(stage.key_width).take(tile.count).enumerate() {
+    let targets: Vec<&mut [S]> = (0..tile.count).map(|lane| query.take(tile.number(problem, lane))).collect();
+    for (sums, target) in scratch.sums.chunks_mut(stage.key_width).zip(targets) {
         let sums = &mut sums[..problem.size.head_dim];
         sums.iter_mut().for_each(|x| *x = *x * scale);
-        S::round(sums, query.take(tile.number(problem, lane)));
+        S::round(sums, target);
     }
 }
 
