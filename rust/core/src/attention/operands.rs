@@ -26,6 +26,9 @@ use std::sync::{Mutex, PoisonError};
 /// Keys copied by one task: a multiple of every unit.
 const KEYS: usize = 512;
 
+/// Up to this many tiles a head, each looks at the values that it visits; more would look at them again and again.
+const FEW_TILES: usize = 4;
+
 /// Copies of one array for all sequences and heads.
 struct Copied<S: Arithmetic> {
     units: Buffer<S::Unit>,
@@ -93,7 +96,7 @@ pub struct Operands<'p, 'a, S: Arithmetic> {
     value_lines: Option<Copied<S>>,
     key_stack: Option<Copied<S>>,
     value_stack: Option<Copied<S>>,
-    /// Whether all values of a (sequence, head) are finite; asked where keys can be hidden.
+    /// Whether all values of a (sequence, head) are finite; empty where nobody asked for all.
     finite: Vec<bool>,
 }
 
@@ -136,7 +139,10 @@ impl<'p, 'a, S: Arithmetic> Operands<'p, 'a, S> {
                 Self::unit_of(problem.accessor(&problem.value, sequence, head), row, units, S::stack);
             })?);
         }
-        let finite = if problem.hides_keys() { Self::finite(problem, serial)? } else { Vec::new() };
+        // Few tiles ask for what they visit.
+        let longest = problem.sequences.iter().map(|sequence| sequence.queries).max().unwrap_or(0);
+        let many = longest * problem.pack() > FEW_TILES * S::panel();
+        let finite = if many && problem.hides_keys() { Self::finite(problem, serial)? } else { Vec::new() };
         Ok(Self { problem, key_lines, value_lines: None, key_stack: None, value_stack, finite })
     }
 
@@ -166,9 +172,9 @@ impl<'p, 'a, S: Arithmetic> Operands<'p, 'a, S> {
         Ok(flags.into_iter().map(AtomicBool::into_inner).collect())
     }
 
-    /// Whether no value of the tile's head can poison a row that must not see it.
+    /// Whether it is known that no value of the tile's head can poison a row that must not see it.
     pub fn are_finite(&self, tile: &Tile) -> bool {
-        self.finite.get(self.place(tile)).is_none_or(|&finite| finite)
+        self.finite.get(self.place(tile)).is_some_and(|&finite| finite)
     }
 
     /// What the backward pass reads: lines of both, and stacked keys that are finite, as wide as whole registers.
