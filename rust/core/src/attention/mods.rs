@@ -135,17 +135,15 @@ impl<T: FloatLane> Worker<'_, '_, T> {
         }
     }
 
-    /// Leaves out visits that the mask program empties, frees those that it leaves whole, and of the others cuts empty ends off and
-    /// finds the keys that it must be evaluated for, by bounds alone. What is left starts on a multiple of `unit`.
+    /// Leaves out visits that the mask program empties, frees those that it leaves whole, and of the others cuts empty
+    /// ends off and finds the keys that it must be evaluated for, by bounds alone. What is left starts on a multiple of
+    /// `unit`.
     pub fn prune(&mut self, tile: &Tile, visits: &mut Vec<Visit>, unit: usize) {
         let Some(classifier) = &mut self.classifier else { return };
-        let (first, last) = (tile.at(0), tile.at(tile.count - 1));
-        let heads = tile.head..(tile.head + tile.pack.min(tile.count));
+        let (first, last) = (tile.at(0).0, tile.at(tile.count - 1).0);
+        let heads = tile.head..tile.head + tile.pack;
         let mut region =
-            Region { batch: tile.sequence..tile.sequence + 1, heads, queries: first.0..last.0 + 1, keys: 0..0 };
-        if tile.count < tile.pack {
-            region.heads = tile.head..tile.head + tile.pack;
-        }
+            Region { batch: tile.sequence..tile.sequence + 1, heads, queries: first..last + 1, keys: 0..0 };
         visits.retain_mut(|visit| {
             if visit.program.1 == 0 {
                 return true;
