@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -99,3 +101,18 @@ def batches(count: int, rows: int = 4, length: int = 16) -> list[torch.Tensor]:
             ids.append((3 * ids[-1] + torch.randint(0, 2, (rows,), generator=random)) % VOCABULARY)
         made.append(torch.stack(ids, dim=1))
     return made
+
+
+@contextlib.contextmanager
+def float64_softmax() -> Iterator[None]:
+    """Keep softmax in float64 where a model is, which transformers narrows to float32 whatever the model's dtype."""
+    original = torch.nn.functional.softmax
+
+    def softmax(x: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+        return original(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype)
+
+    torch.nn.functional.softmax = softmax
+    try:
+        yield
+    finally:
+        torch.nn.functional.softmax = original

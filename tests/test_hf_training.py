@@ -21,6 +21,7 @@ _spec = importlib.util.spec_from_file_location("hf_models", Path(__file__).paren
 assert _spec is not None and _spec.loader is not None
 hf_models = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(hf_models)
+float64_softmax = hf_models.float64_softmax
 
 tilewise.hf.register()
 
@@ -48,21 +49,6 @@ def use(model: Any, dtype: Any, implementation: str) -> Any:
     else:
         model.set_experts_implementation(implementation)
     return model
-
-
-@contextlib.contextmanager
-def float64_softmax() -> Iterator[None]:
-    """Keep softmax in float64 where a model is, which transformers narrows to float32 whatever the model's dtype."""
-    original = torch.nn.functional.softmax
-
-    def softmax(x: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
-        return original(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype)
-
-    torch.nn.functional.softmax = softmax
-    try:
-        yield
-    finally:
-        torch.nn.functional.softmax = original
 
 
 def curve(model: Any, steps: int) -> Any:

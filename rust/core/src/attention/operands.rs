@@ -282,3 +282,38 @@ impl<'p, 'a, S: Arithmetic> Operands<'p, 'a, S> {
         copied.of(self.place(tile)).part(rows, 0..copied.width)
     }
 }
+
+/// A lane's query as units: zeros where the scale is 0, since every score is 0 then, but -inf * 0 is NaN.
+pub fn query_line<S: Arithmetic>(problem: &Problem<'_>, tile: &Tile, lane: usize, line: &mut [S::Unit]) {
+    if problem.rules.scale == 0.0 {
+        line.fill(S::Unit::default());
+    } else {
+        S::copy(tile.row(problem, &problem.query, lane), line);
+    }
+}
+
+/// Lanes `0..count` as panels of at most [`Arithmetic::panel`] lanes, `width` in all, each `units(dim)` long.
+pub fn panels<S: Arithmetic>(
+    count: usize,
+    dim: usize,
+    width: usize,
+    lines: &mut Vec<S::Unit>,
+    panels: &mut [S::Unit],
+    fill: impl Fn(usize, &mut [S::Unit]),
+) {
+    let depth = S::units(dim);
+    let stride = line_stride(depth);
+    lines.resize((S::panel() * stride).max(lines.len()), S::Unit::default());
+    for first in (0..width).step_by(S::panel()) {
+        let lanes = S::panel().min(width - first);
+        let own = lanes.min(count.saturating_sub(first));
+        for i in 0..own {
+            fill(first + i, &mut lines[i * stride..i * stride + depth]);
+        }
+        let mut sources: [&[S::Unit]; 64] = [&[]; 64];
+        for (i, source) in sources.iter_mut().enumerate().take(own) {
+            *source = &lines[i * stride..i * stride + depth];
+        }
+        S::pack(&sources[..own], depth, lanes, &mut panels[depth * first..depth * (first + lanes)]);
+    }
+}

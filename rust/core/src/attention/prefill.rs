@@ -21,7 +21,7 @@
 use super::dropout::Dropout;
 use super::finish;
 use super::mods::{Mods, Worker};
-use super::operands::{Operands, all_finite};
+use super::operands::{Operands, all_finite, panels, query_line};
 use super::problem::Problem;
 use super::schedule::{Schedule, Visit};
 use super::tile::{self, Tile};
@@ -30,7 +30,6 @@ use crate::dtype::Real;
 use crate::error::Result;
 use crate::gemm::SERIAL_WORK;
 use crate::gemm::arithmetic::Arithmetic;
-use crate::gemm::pack::line_stride;
 use crate::threads;
 use crate::view::{Matrix, Rows};
 
@@ -102,7 +101,9 @@ fn one_tile<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, scratch: &
     scratch.worker.prune(tile, &mut schedule.visits, S::PER_UNIT);
     {
         let Scratch { lines, panel, .. } = scratch;
-        pack_queries::<S>(problem, tile, 0..tile.count, width, lines, panel);
+        panels::<S>(tile.count, size.head_dim, width, lines, panel, |lane, line| {
+            query_line::<S>(problem, tile, lane, line);
+        });
     }
     let Scratch { panel, scores, weights, sums, state, worker, .. } = scratch;
     worker.tile(tile);
@@ -140,7 +141,7 @@ fn one_tile<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, scratch: &
         let units = S::units(visit.len);
         let weights = S::weights(scores, weights, units * width);
         if visit.is_masked() && !finite && !finite_values::<S>(problem, tile, visit) {
-            without_poison(stage, tile, visit, weights, width, sums);
+            without_poison(stage, &schedule, tile, visit, weights, width, sums, worker);
         } else {
             S::tile(stage.operands.values(tile, keys), Matrix::new(weights, units, width, width), sums, width, true);
         }
@@ -160,33 +161,6 @@ pub(super) fn scale<T: Real>(problem: &Problem<'_>, scores: &mut [T]) {
         let scale = T::of(problem.rules.scale);
         scores.iter_mut().for_each(|score| *score = *score * scale);
     }
-}
-
-/// Packs lanes `lanes` of a tile into a panel of `width`.
-pub(super) fn pack_queries<S: Arithmetic>(
-    problem: &Problem<'_>,
-    tile: &Tile,
-    lanes: std::ops::Range<usize>,
-    width: usize,
-    lines: &mut Vec<S::Unit>,
-    panel: &mut [S::Unit],
-) {
-    let depth = S::units(problem.size.head_dim);
-    let stride = line_stride(depth);
-    lines.resize((lanes.len() * stride).max(lines.len()), S::Unit::default());
-    for (i, lane) in lanes.clone().enumerate() {
-        let line = &mut lines[i * stride..i * stride + depth];
-        if problem.rules.scale == 0.0 {
-            line.fill(S::Unit::default());
-        } else {
-            S::copy(tile.row(problem, &problem.query, lane), line);
-        }
-    }
-    let mut sources: [&[S::Unit]; 64] = [&[]; 64];
-    for (i, source) in sources.iter_mut().enumerate().take(lanes.len()) {
-        *source = &lines[i * stride..i * stride + depth];
-    }
-    S::pack(&sources[..lanes.len()], depth, width, panel);
 }
 
 fn write<S: Arithmetic>(stage: &Stage<'_, '_, '_, S>, tile: &Tile, width: usize, scratch: &mut Scratch<'_, '_, S>) {
@@ -227,17 +201,16 @@ fn finite_values<S: Arithmetic>(problem: &Problem<'_>, tile: &Tile, visit: Visit
 /// A weight is exactly 0 only where a key is masked, or so far below the largest that its value would count for nothing.
 fn without_poison<S: Arithmetic>(
     stage: &Stage<'_, '_, '_, S>,
+    schedule: &Schedule<'_>,
     tile: &Tile,
     visit: Visit,
     weights: &[S::Unit],
     width: usize,
     sums: &mut [S::Acc],
+    worker: &mut Worker<'_, '_, S::Acc>,
 ) {
     let (problem, dim) = (stage.problem, stage.problem.size.value_dim);
-    let mut worker = stage.mods.worker();
-    worker.tile(tile);
-    let keys = visit.start..visit.start + visit.len;
-    let schedule = Schedule::new(problem, tile, STEP, S::PER_UNIT, stage.mods.has_mask());
+    let keys = visit.keys();
     let mut kept = vec![S::Acc::ZERO; visit.len * width];
     schedule.mask(visit, &mut kept, width, 1, S::Acc::ONE);
     if visit.program.1 > 0 {

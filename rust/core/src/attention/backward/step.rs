@@ -19,14 +19,13 @@ use crate::arch::{Kernel, Slopes};
 use crate::attention::dropout::Dropout;
 use crate::attention::finish;
 use crate::attention::mods::{Worker, harmless};
-use crate::attention::operands::{all_finite, stack_finite};
+use crate::attention::operands::{all_finite, panels, query_line, stack_finite};
 use crate::attention::prefill::{exponent, scale};
 use crate::attention::schedule::{Schedule, Visit};
 use crate::attention::tile::Tile;
 use crate::dtype::{Float, Real};
 use crate::expr::CaptureGradient;
 use crate::gemm::arithmetic::{Arithmetic, Sealed, Views};
-use crate::gemm::pack::line_stride;
 use crate::view::Matrix;
 
 /// Keys in a visit.
@@ -139,12 +138,11 @@ impl<S: Arithmetic> Scratch<'_, '_, S> {
                 }
             }
         }
-        let zero = problem.rules.scale == 0.0;
         let (key_dim, value_dim) = (problem.size.head_dim, problem.size.value_dim);
         let query = |lane: usize| tile.row::<S>(problem, &problem.query, lane);
         let grad = |lane: usize| tile.row::<S>(problem, &upstream.grad_out, lane);
         panels::<S>(tile.count, key_dim, width, &mut self.lines, &mut self.query_panels, |lane, line| {
-            if zero { line.fill(S::Unit::default()) } else { S::copy(query(lane), line) }
+            query_line::<S>(problem, tile, lane, line);
         });
         panels::<S>(tile.count, value_dim, width, &mut self.lines, &mut self.grad_panels, |lane, line| {
             S::copy(grad(lane), line);
@@ -255,32 +253,6 @@ fn by_panel<S: Arithmetic>(a: Matrix<'_, S::Unit>, b: Matrix<'_, S::Unit>, c: &m
     for first in (0..b.cols()).step_by(S::panel()) {
         let columns = first..b.cols().min(first + S::panel());
         S::tile(a, b.part(0..b.rows(), columns), &mut c[first..], c_row, true);
-    }
-}
-
-/// Lanes `0..count` as panels of at most [`Arithmetic::panel`] lanes, `width` in all, each `units(dim)` long.
-fn panels<S: Arithmetic>(
-    count: usize,
-    dim: usize,
-    width: usize,
-    lines: &mut Vec<S::Unit>,
-    panels: &mut [S::Unit],
-    fill: impl Fn(usize, &mut [S::Unit]),
-) {
-    let depth = S::units(dim);
-    let stride = line_stride(depth);
-    lines.resize((S::panel() * stride).max(lines.len()), S::Unit::default());
-    for first in (0..width).step_by(S::panel()) {
-        let lanes = S::panel().min(width - first);
-        let own = lanes.min(count.saturating_sub(first));
-        for i in 0..own {
-            fill(first + i, &mut lines[i * stride..i * stride + depth]);
-        }
-        let mut sources: [&[S::Unit]; 64] = [&[]; 64];
-        for (i, source) in sources.iter_mut().enumerate().take(own) {
-            *source = &lines[i * stride..i * stride + depth];
-        }
-        S::pack(&sources[..own], depth, lanes, &mut panels[depth * first..depth * (first + lanes)]);
     }
 }
 
