@@ -7,7 +7,7 @@
 //! Rooms, each one concept under the name it has on every floor:
 //! * [`expr`]: programs that modify attention: check, simplify, differentiate, interpret by tiles, bound a block;
 //! * [`gemm`]: blocking and packing around the matrix micro-kernels;
-//! * [`attention`]: forward attention by tiles, and decode by key chunks;
+//! * [`attention`]: attention by tiles, forward and back, and decode by key chunks;
 //! * [`moe`]: routers, `Routing`, and the expert layer;
 //! * [`speculation`]: exact verification of drafted tokens.
 //!

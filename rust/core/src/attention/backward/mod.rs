@@ -17,6 +17,7 @@
 mod plan;
 mod step;
 
+use super::dropout::Dropout;
 use super::mods::Mods;
 use super::operands::Operands;
 use super::problem::Problem;
@@ -143,6 +144,7 @@ pub(super) struct Stage<'s, 'p, 'a, S: Arithmetic> {
     upstream: &'s Upstream<'a>,
     operands: Operands<'p, 'a, S>,
     mods: &'s Mods<'a, S::Acc>,
+    dropout: Option<Dropout>,
     /// Of the captures' gradients that are wanted.
     shapes: Vec<Option<Vec<usize>>>,
     query: Option<Rows<'s, S>>,
@@ -167,6 +169,7 @@ fn typed<S: Arithmetic>(problem: &Problem<'_>, upstream: &Upstream<'_>, gradient
         upstream,
         operands: Operands::backward(problem, serial)?,
         mods: &mods,
+        dropout: Dropout::of(problem),
         shapes: gradients.captures.iter().map(|array| array.as_ref().map(|array| array.shape().to_vec())).collect(),
         query: gradients.query.map(|array| array.fresh().rows::<S>()),
         key: gradients.key.map(|array| array.fresh().rows::<S>()),

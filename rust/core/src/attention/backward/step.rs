@@ -16,7 +16,6 @@
 
 use super::{Partial, Stage};
 use crate::arch::{Kernel, Slopes};
-use crate::attention::dropout::Dropout;
 use crate::attention::finish;
 use crate::attention::mods::{Worker, harmless};
 use crate::attention::operands::{all_finite, panels, query_line, stack_finite};
@@ -192,15 +191,14 @@ impl<S: Arithmetic> Scratch<'_, '_, S> {
             // Lanes that are not there: 0 * NaN of a key is a score too.
             scores.chunks_mut(width).for_each(|line| line[tile.count..].fill(finish::blank(factor)));
         }
-        let dropout = Dropout::of(problem);
-        if let Some(dropout) = &dropout {
+        if let Some(dropout) = &stage.dropout {
             dropout.apply(problem, tile, keys.clone(), slopes, (width, 1));
         }
         let (lse, delta) = (&self.lse[..width], &self.delta[..width]);
         let mut block = Slopes { scores, slopes, rows: visit.len, width, factor, lse, delta };
-        if has_score || dropout.is_some() || !self.poisoned.is_empty() {
+        if has_score || stage.dropout.is_some() || !self.poisoned.is_empty() {
             S::Acc::table().slopes(&mut block);
-            if let Some(dropout) = &dropout {
+            if let Some(dropout) = &stage.dropout {
                 dropout.apply(problem, tile, keys.clone(), scores, (width, 1));
             }
             for &lane in &self.poisoned {
