@@ -35,6 +35,8 @@ pub enum Purpose {
     Round = 5,
     /// Whether an attention weight is dropped (request: sequence and head; then query and key).
     Drop = 6,
+    /// The clocks of coupled sampling (the block is the key of another generator, which counts tokens).
+    Race = 9,
 }
 
 /// A uniform number in [0, 1) with 53 random bits.

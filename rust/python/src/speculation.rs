@@ -172,7 +172,47 @@ fn speculation_law<'py>(
     })
 }
 
+/// The random numbers of a run of coupled sampling.
+#[pyclass(frozen, module = "tilewise._core")]
+struct Races(speculation::Races);
+
+#[pymethods]
+impl Races {
+    #[new]
+    fn new(py: Python<'_>, seed: u64, vocabulary: usize) -> PyResult<Self> {
+        speculation::Races::new(seed, vocabulary).map(Self).map_err(|error| to_python(py, &error))
+    }
+
+    /// logits [B, V], rules, requests and positions [B] -> out [B, count] int64: the first of each row's race.
+    fn rank<'py>(
+        &self,
+        py: Python<'py>,
+        logits: &Bound<'py, PyAny>,
+        temperature: &Bound<'py, PyAny>,
+        top_k: &Bound<'py, PyAny>,
+        top_p: &Bound<'py, PyAny>,
+        requests: &Bound<'py, PyAny>,
+        positions: &Bound<'py, PyAny>,
+        out: &Bound<'py, PyAny>,
+    ) -> PyResult<()> {
+        let (logits, mut out) = (hold("logits", logits)?, hold("out", out)?);
+        let (temperature, top_k, top_p) =
+            (hold("temperature", temperature)?, hold("top_k", top_k)?, hold("top_p", top_p)?);
+        let (requests, positions) = (hold("requests", requests)?, hold("positions", positions)?);
+        let (logits, out) = (logits.array()?, out.array_mut()?);
+        let (temperature, top_k, top_p) = (temperature.array()?, top_k.array()?, top_p.array()?);
+        let (requests, positions) = (requests.array()?, positions.array()?);
+        enter(py, || {
+            let rows = logits.shape().first().copied().unwrap_or(0);
+            let rules = speculation::rules(&temperature, &top_k, &top_p, rows)?;
+            let streams = Streams::new(self.0.seed(), &requests, &positions, rows)?;
+            self.0.rank(&logits, &rules, &streams, out)
+        })
+    }
+}
+
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<Races>()?;
     module.add_function(wrap_pyfunction!(uniform, module)?)?;
     module.add_function(wrap_pyfunction!(speculation_process, module)?)?;
     module.add_function(wrap_pyfunction!(speculation_sample_laws, module)?)?;

@@ -8,7 +8,8 @@
 //! * [`mod@process`]: logits to law: [`process::Sampling`], [`process::Law`];
 //! * `select`: the k largest, and the nucleus, without sorting the vocabulary;
 //! * [`sample`]: one token from a law and a uniform number, batched;
-//! * [`mod@verify`]: chains: acceptance probabilities, residual laws, and the run that uses them.
+//! * [`mod@verify`]: chains: acceptance probabilities, residual laws, and the run that uses them;
+//! * [`coupled`]: the other exact rule: target and draft race over the same numbers, and equal tokens are kept.
 //!
 //! Laws are non-negative weights with their total. Whoever draws from a law and whoever tests against it divide by
 //! the same total, computed by the same function ([`process::total`]): then "the law it was drawn from" is meant to
@@ -19,6 +20,7 @@
 //! position is decided; drafts beyond the first refusal are forgotten with their coins unseen. So numbers may be the
 //! same in every round, whatever the rounds are, and the output does not depend on the row a request has in a batch.
 
+pub mod coupled;
 mod input;
 pub mod process;
 pub mod sample;
@@ -27,6 +29,7 @@ mod select;
 mod tests;
 pub mod verify;
 
+pub use coupled::Races;
 pub use input::rules;
 pub use process::{Law, Sampling, process};
 pub use sample::{Streams, sample_laws, sample_logits};

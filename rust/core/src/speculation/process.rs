@@ -54,6 +54,11 @@ impl Sampling {
         }
         Ok(Self { temperature, top_k, top_p })
     }
+
+    /// Whether all mass goes to the largest logit.
+    pub fn is_greedy(&self) -> bool {
+        self.temperature == 0.0
+    }
 }
 
 /// The sum of weights, in an order that depends on their number alone.
@@ -91,6 +96,15 @@ impl Law {
             self.ids.binary_search(&token).ok().map(|index| self.weights[index])
         };
         weight.unwrap_or(0.0) / self.total
+    }
+
+    /// Calls `visit` with every token that has a weight of its own, in order, and that weight.
+    pub(super) fn each(&self, mut visit: impl FnMut(usize, f64)) {
+        if self.dense {
+            self.weights.iter().enumerate().for_each(|(token, &weight)| visit(token, weight));
+        } else {
+            self.ids.iter().zip(&self.weights).for_each(|(&token, &weight)| visit(token, weight));
+        }
     }
 
     /// The token at a uniform number in [0, 1): see [`super::sample::draw`].
@@ -243,6 +257,11 @@ impl Processor {
     pub fn law(&mut self, logits: &Array<'_>, at: &[usize], sampling: Sampling, law: &mut Law) -> Result<()> {
         widen(logits, at, &mut self.z);
         law.set(&mut self.z, sampling, &mut self.spare, at)
+    }
+
+    /// Calls `visit` with the tokens and logits of the row that was last checked.
+    pub(super) fn each(&self, mut visit: impl FnMut(usize, f64)) {
+        self.z.iter().enumerate().for_each(|(token, &logit)| visit(token, logit));
     }
 
     /// The errors that [`Processor::law`] would have, without the work.

@@ -59,6 +59,11 @@ impl Streams {
         Ok(Self { seed, requests: requests.collect::<Result<_>>()?, positions: positions.collect::<Result<_>>()? })
     }
 
+    /// The name of a row's stream, and its position.
+    pub(super) fn at(&self, row: usize) -> (u32, u64) {
+        (self.requests[row], self.positions[row])
+    }
+
     /// The number of a row, `offset` tokens after its position.
     pub fn uniform(&self, row: usize, offset: usize, purpose: Purpose) -> f64 {
         rng::uniform(self.seed, self.requests[row], self.positions[row] + offset as u64, purpose)
