@@ -10,6 +10,8 @@
 //! * [`sample`]: one token from a law and a uniform number, batched;
 //! * [`mod@verify`]: chains: acceptance probabilities, residual laws, and the run that uses them;
 //! * [`coupled`]: the other exact rule: target and draft race over the same numbers, and equal tokens are kept.
+//! * [`cache`]: what was drafted ahead, by the outcome it was drafted for;
+//! * [`fanout`] and [`ranks`]: how many outcomes to guess at each place, and how well guesses hit, learnt online.
 //!
 //! Laws are non-negative weights with their total. Whoever draws from a law and whoever tests against it divide by
 //! the same total, computed by the same function ([`process::total`]): then "the law it was drawn from" is meant to
@@ -21,8 +23,11 @@
 //! same in every round, whatever the rounds are, and the output does not depend on the row a request has in a batch.
 
 pub mod coupled;
+pub mod cache;
+pub mod fanout;
 mod input;
 pub mod process;
+pub mod ranks;
 pub mod sample;
 mod select;
 #[cfg(test)]
@@ -30,7 +35,9 @@ mod tests;
 pub mod verify;
 
 pub use coupled::Races;
+pub use cache::{Outcome, OutcomeCache};
 pub use input::rules;
 pub use process::{Law, Sampling, process};
+pub use ranks::RankCurve;
 pub use sample::{Streams, sample_laws, sample_logits};
 pub use verify::{Chain, Chains, acceptance, residual, verification_law, verify};
