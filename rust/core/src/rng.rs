@@ -35,6 +35,8 @@ pub enum Purpose {
     Round = 5,
     /// Whether an attention weight is dropped (request: sequence and head; then query and key).
     Drop = 6,
+    /// A scheduler tries something that it does not know well enough.
+    Schedule = 7,
 }
 
 /// A uniform number in [0, 1) with 53 random bits.
