@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, TypedDict, final, type_check_only
 
 __all__ = [
     "Rounding",
+    "Rounds",
     "attention_backward",
     "attention_forward",
     "block_mask",
@@ -33,6 +34,7 @@ __all__ = [
     "round_tokens_backward",
     "route",
     "route_backward",
+    "scheduler_critical_batch",
     "set_num_threads",
     "speculation_law",
     "speculation_process",
@@ -42,7 +44,7 @@ __all__ = [
     "uniform",
 ]
 
-_Purpose = Literal["draft", "accept", "residual", "target", "other", "round"]
+_Purpose = Literal["draft", "accept", "residual", "target", "other", "round", "schedule"]
 
 @type_check_only
 class _Array(Protocol):
@@ -240,3 +242,27 @@ def speculation_law(
     acceptance: _Array,
     corrections: _Array,
 ) -> None: ...
+
+# The scheduler (rust/python/src/scheduler.rs). Events and commands: tilewise.scheduler.rounds.
+@final
+class Rounds:
+    def __new__(
+        cls,
+        *,
+        draft_length: int,
+        budget: int,
+        depth: int | None,
+        fallback: str,
+        max_batch: int,
+        patience: float | None,
+        adaptive: bool,
+        workers: int,
+        vocabulary: int,
+        seed: int,
+    ) -> Rounds: ...
+    def handle(self, now: float, event: tuple[Any, ...]) -> list[tuple[Any, ...]]: ...
+    def next_deadline(self) -> float | None: ...
+    def copy(self) -> Rounds: ...
+    def stats(self) -> dict[str, Any]: ...
+
+def scheduler_critical_batch(hit: float, on_hit: float, neural: float, fast: float, time: float) -> float: ...

@@ -37,6 +37,8 @@ pub enum Purpose {
     Drop = 6,
     /// The clocks of coupled sampling (the block is the key of another generator, which counts tokens).
     Race = 9,
+    /// A scheduler tries something that it does not know well enough.
+    Schedule = 7,
 }
 
 /// A uniform number in [0, 1) with 53 random bits.

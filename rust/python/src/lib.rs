@@ -15,6 +15,7 @@ mod door;
 mod expr;
 mod gemm;
 mod moe;
+mod scheduler;
 mod speculation;
 
 use pyo3::prelude::*;
@@ -28,6 +29,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     gemm::register(module)?;
     attention::register(module)?;
     moe::register(module)?;
+    scheduler::register(module)?;
     speculation::register(module)?;
     Ok(())
 }

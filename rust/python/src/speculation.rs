@@ -15,8 +15,9 @@ fn purpose_named(py: Python<'_>, name: &str) -> PyResult<Purpose> {
         "target" => Ok(Purpose::Target),
         "other" => Ok(Purpose::Other),
         "round" => Ok(Purpose::Round),
+        "schedule" => Ok(Purpose::Schedule),
         other => {
-            let allowed = "'draft', 'accept', 'residual', 'target', 'other' or 'round'";
+            let allowed = "'draft', 'accept', 'residual', 'target', 'other', 'round' or 'schedule'";
             Err(to_python(py, &Error::value("purpose", allowed, format!("'{other}'"))))
         }
     }

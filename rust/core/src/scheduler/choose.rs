@@ -1,0 +1,229 @@
+//! The choices: chain length, budget, guesses, and what to do on a miss. All from times, acceptance and ranks; none looks
+//! at what was drafted, so none can bias what is sampled.
+
+use super::latency::Latency;
+use super::learn::{Class, Learner, expected, law};
+use super::settings::{Fallback, Settings};
+use crate::speculation::fanout::{most, water_fill};
+
+/// How rounds are run until something better is known.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Plan {
+    /// Tokens of a chain; 0: plain steps.
+    pub length: u32,
+    /// Branches of one stream's build.
+    pub budget: u32,
+    /// Most tokens of a fast chain.
+    pub fast: u32,
+    /// Tokens per second that are expected of all rows together; 0 if nothing is known.
+    pub rate: f64,
+    /// The batch size up to which waiting for the draft model is the better fallback.
+    pub critical: f64,
+}
+
+/// What is known, and what is asked.
+#[derive(Debug, Clone, Copy)]
+pub struct Known<'a> {
+    /// Times.
+    pub latency: &'a Latency,
+    /// Acceptance and ranks.
+    pub learner: &'a Learner,
+    /// Settings.
+    pub settings: &'a Settings,
+    /// Streams that are verified together.
+    pub rows: f64,
+    /// Of them on one worker; 0 if there is no worker.
+    pub per_worker: f64,
+}
+
+/// A plan has to promise this much more than the present one to replace it.
+const HYSTERESIS: f64 = 1.03;
+
+/// Theorem 17's critical batch size in closed form, times in units of one verification: the draft model is the better
+/// fallback as long as (1 - p^b) T < R - 1, where R is the ratio of tokens per round with it and with the fast one.
+pub fn critical_batch(hit: f64, on_hit: f64, neural: f64, fast: f64, time: f64) -> f64 {
+    let ratio = (hit * on_hit + (1.0 - hit) * neural) / (hit * on_hit + (1.0 - hit) * fast);
+    if ratio - 1.0 >= time || hit >= 1.0 {
+        f64::INFINITY
+    } else if hit <= 0.0 {
+        0.0
+    } else {
+        ((1.0 - (ratio - 1.0) / time).ln() / hit.ln()).max(0.0)
+    }
+}
+
+impl Known<'_> {
+    /// Guesses after each accepted length of a chain of `length` tokens; `remaining`: tokens still wanted of the stream
+    /// before the chain. After outcomes that leave no place for another chain nothing is guessed.
+    pub fn fan_out(&self, rates: &[f64], class: Class, budget: u32, remaining: u64) -> Vec<u32> {
+        let length = rates.len();
+        let mut most = most(self.settings.vocabulary as usize, length);
+        for (accepted, most) in most.iter_mut().enumerate() {
+            // accepted + 1 tokens leave; a chain and the token after it need two more.
+            if (accepted as u64) + 3 > remaining {
+                *most = 0;
+            }
+        }
+        let spread = water_fill(&law(rates), &self.learner.curves(class, length as u32), budget as usize, &most);
+        spread.into_iter().map(|guesses| guesses as u32).collect()
+    }
+
+    /// P(the outcome is among `budget` guesses) after a chain with these rates.
+    pub fn hit(&self, rates: &[f64], class: Class, budget: u32) -> f64 {
+        let fan_out = self.fan_out(rates, class, budget, u64::MAX);
+        let curves = self.learner.curves(class, rates.len() as u32);
+        let law = law(rates);
+        let hits = law.iter().zip(&fan_out).zip(curves).map(|((p, f), curve)| p * curve.hit(*f as usize));
+        hits.sum::<f64>().clamp(0.0, 1.0)
+    }
+
+    /// The length of fast chains that emits most per second by itself.
+    fn fast_length(&self) -> u32 {
+        if !self.settings.adaptive || !self.latency.target.is_known() {
+            return self.settings.draft_length;
+        }
+        let rates = self.learner.rates(None, Class::Fast, self.settings.draft_length);
+        let rate = |length: usize| {
+            expected(&rates[..length]) / self.latency.verify(self.rows * (length as f64 + 1.0), self.rows)
+        };
+        (0..=rates.len()).max_by(|&a, &b| rate(a).total_cmp(&rate(b)).then(b.cmp(&a))).unwrap_or(0) as u32
+    }
+
+    /// Tokens per second of all rows (and the critical batch size) with chains of `length` and builds of `budget`.
+    pub fn rate(&self, length: u32, budget: u32, fast: u32) -> (f64, f64) {
+        let depth = length.min(self.settings.depth);
+        let verify = self.latency.verify(self.rows * (f64::from(length) + 1.0), self.rows);
+        let fast_rates = self.learner.rates(None, Class::Fast, fast);
+        let fast_tokens = expected(&fast_rates);
+        let quick = self.latency.verify(self.rows * (f64::from(fast) + 1.0), self.rows);
+        if length == 0 || self.per_worker == 0.0 {
+            let plain = self.rows / self.latency.verify(self.rows, self.rows);
+            let by_fast = self.rows * fast_tokens / quick;
+            let plainly = fast == 0 || settings_forbid_fast(self.settings);
+            return (if plainly { plain } else { by_fast }, 0.0);
+        }
+        let rates = self.learner.rates(None, Class::Model, depth);
+        let tokens = expected(&rates);
+        let hit = if budget > 0 { self.hit(&rates, Class::Model, budget) } else { 0.0 };
+        let after_fast = if budget > 0 { self.hit(&fast_rates, Class::Fast, budget) } else { 0.0 };
+        let build =
+            if budget > 0 { self.latency.build(f64::from(depth), f64::from(budget) * self.per_worker) } else { 0.0 };
+        let slot = verify.max(build);
+        let wait = self.latency.fallback(f64::from(depth));
+        let all_hit = hit.powf(self.rows);
+        let neural = self.rows * tokens / (all_hit * slot + (1.0 - all_hit) * (verify + wait));
+        let share = after_fast / (1.0 - hit + after_fast).max(1e-9); // hits in the long run, Markov
+        let fast_slot = (share * verify + (1.0 - share) * quick).max(build);
+        let by_fast = self.rows * (share * tokens + (1.0 - share) * fast_tokens) / fast_slot;
+        let critical = critical_batch(hit, tokens, tokens, fast_tokens, wait / verify);
+        match self.settings.fallback {
+            Fallback::Neural => (neural, critical),
+            Fallback::Fast => (by_fast, critical),
+            Fallback::Adaptive => (neural.max(by_fast), critical),
+        }
+    }
+
+    /// Chain length and budget that promise most tokens per second; the present ones unless something is clearly better.
+    /// `explore`: not plain steps, so that what drafts are worth stays known.
+    pub fn plan(&self, present: Option<Plan>, explore: bool) -> Plan {
+        let settings = self.settings;
+        let mut fast = self.fast_length();
+        if explore || self.learner.fast_tried() < 16.0 {
+            fast = fast.max(settings.draft_length.min(4)); // what fast chains give is only known from trying
+        }
+        let scored = |length: u32, budget: u32| {
+            let (rate, critical) = self.rate(length, budget, fast);
+            Plan { length, budget, fast, rate, critical }
+        };
+        let known = self.latency.target.is_known() && (self.per_worker == 0.0 || self.latency.draft.is_known());
+        if !known {
+            return Plan { length: settings.draft_length, budget: settings.budget, fast, rate: 0.0, critical: 0.0 };
+        }
+        if !settings.adaptive {
+            return scored(settings.draft_length, settings.budget);
+        }
+        let mut best = if explore { scored(1.min(settings.draft_length), 0) } else { scored(0, 0) };
+        for length in 1..=settings.draft_length {
+            if self.per_worker == 0.0 {
+                break;
+            }
+            let depth = f64::from(length.min(settings.depth));
+            let verify = self.latency.verify(self.rows * (f64::from(length) + 1.0), self.rows);
+            let most = (f64::from(settings.budget) * self.per_worker).ceil() as u32;
+            // The build fits into one verification; smaller if it does not, and the whole budget in case lateness pays.
+            let fits = (f64::from(self.latency.branches_within(verify, depth, most)) / self.per_worker) as u32;
+            for budget in [0, fits, (fits + settings.budget) / 2, settings.budget] {
+                let plan = scored(length, budget);
+                if plan.rate > best.rate {
+                    best = plan;
+                }
+            }
+        }
+        match present.filter(|plan| plan.rate > 0.0 && !(explore && plan.length == 0)) {
+            Some(present) => {
+                let stay = scored(present.length, present.budget);
+                if best.rate > HYSTERESIS * stay.rate { best } else { stay }
+            }
+            None => best,
+        }
+    }
+}
+
+/// Neural alone: where the draft model is of no use, steps are plain.
+fn settings_forbid_fast(settings: &Settings) -> bool {
+    settings.fallback == Fallback::Neural
+}
+
+/// The rows of one decision.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Group {
+    /// Rows with a chain, and the tokens expected of them.
+    pub ready: f64,
+    /// Rows without.
+    pub missing: f64,
+    /// Seconds until those have a chain if the draft model makes it.
+    pub wait: f64,
+}
+
+impl Known<'_> {
+    /// What one row's chain is worth: tokens of a round with it, with a fast one, and the hit rates that follow.
+    fn worth(&self, plan: &Plan) -> (f64, f64, f64, f64) {
+        let rates = self.learner.rates(None, Class::Model, plan.length.min(self.settings.depth));
+        let fast = self.learner.rates(None, Class::Fast, plan.fast);
+        let hit =
+            |rates: &[f64], class| self.learner.hit_rate(class).unwrap_or_else(|| self.hit(rates, class, plan.budget));
+        (expected(&rates), expected(&fast), hit(&rates, Class::Model), hit(&fast, Class::Fast))
+    }
+
+    /// The value of waiting for the missing rows, of going ahead without them, and of fast chains for them.
+    ///
+    /// Tokens of this round, plus what a chain at the next is worth (`chain`) times the chance to have one, minus the
+    /// tokens that the time would have given at the present rate: the relative value of average-reward decisions.
+    pub fn values(&self, plan: &Plan, group: &Group) -> [f64; 3] {
+        let (tokens, fast, hit, after_fast) = self.worth(plan);
+        let chain = (tokens - fast).max(0.0);
+        let rows = group.ready + group.missing;
+        let per_row = f64::from(plan.length) + 1.0;
+        let whole = self.latency.verify(rows * per_row, rows);
+        let part = self.latency.verify(group.ready * per_row, group.ready);
+        let quick = self.latency.verify(group.ready * per_row + group.missing * (f64::from(plan.fast) + 1.0), rows);
+        let in_time = if group.wait > part { part / group.wait } else { 1.0 };
+        let wait = rows * tokens + rows * hit * chain - plan.rate * (group.wait + whole);
+        let ahead = if group.ready > 0.0 {
+            group.ready * tokens + (group.ready * hit + group.missing * in_time) * chain - plan.rate * part
+        } else {
+            f64::NEG_INFINITY
+        };
+        let quickly =
+            group.ready * tokens + group.missing * fast + (group.ready * hit + group.missing * after_fast) * chain
+                - plan.rate * quick;
+        [wait, ahead, quickly]
+    }
+
+    /// Whether a branch of `have` tokens is worth finishing to `want` while `rows` rows wait for it.
+    pub fn worth_finishing(&self, plan: &Plan, have: u32, want: u32) -> bool {
+        let rates = self.learner.rates(None, Class::Model, want);
+        let gain = expected(&rates) - expected(&rates[..have.min(want) as usize]);
+        gain > plan.rate * self.latency.fallback(f64::from(want - have.min(want)))
+    }
+}

@@ -1,0 +1,204 @@
+//! What verification teaches: how much of a chain is accepted, and how well follow-ups are guessed.
+//!
+//! Chains of the draft model and fast chains are kept apart, in both: a fast chain is accepted less, and the draft
+//! guesses differently after one. Everything fades, so that drift is followed, and no estimate is ever 0 or 1:
+//!
+//! ```text
+//! rate[j] = (w * prior[j] + accepted at j) / (w + tried at j)     j: place in the chain, tried: all before were accepted
+//! prior of a stream: all streams' rate; of all streams: the rate one place before; of the first place: a constant
+//! ```
+
+use crate::speculation::ranks::RankCurve;
+use std::array::from_fn;
+
+/// Which chains an estimate is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// Drafted by the model, ahead or on demand.
+    Model,
+    /// The driver's fast draft, or none.
+    Fast,
+}
+
+impl Class {
+    fn index(self) -> usize {
+        self as usize
+    }
+}
+
+/// Counts of accepted and tried tokens by place in the chain.
+#[derive(Debug, Clone)]
+pub struct Acceptance {
+    counts: Vec<(f64, f64)>,
+    memory: f64,
+}
+
+impl Acceptance {
+    /// No observations yet; one loses 1/e of its weight after `memory` more at its place.
+    pub fn new(memory: f64) -> Self {
+        Self { counts: Vec::new(), memory: (-1.0 / memory).exp() }
+    }
+
+    /// A chain of `length` tokens of which `accepted` were kept.
+    pub fn observe(&mut self, length: u32, accepted: u32) {
+        let visited = length.min(accepted + 1) as usize;
+        if self.counts.len() < visited {
+            self.counts.resize(visited, (0.0, 0.0));
+        }
+        for (place, (kept, tried)) in self.counts.iter_mut().enumerate().take(visited) {
+            *kept = *kept * self.memory + f64::from(u8::from((place as u32) < accepted));
+            *tried = *tried * self.memory + 1.0;
+        }
+    }
+
+    /// The weight of what was tried in the first place of chains.
+    pub fn tried(&self) -> f64 {
+        self.counts.first().map_or(0.0, |count| count.1)
+    }
+
+    fn rate(&self, place: usize, prior: f64, weight: f64) -> f64 {
+        let (kept, tried) = self.counts.get(place).copied().unwrap_or((0.0, 0.0));
+        ((weight * prior + kept) / (weight + tried)).clamp(1e-3, 1.0 - 1e-3)
+    }
+}
+
+/// The probabilities of 0..=rates.len() accepted tokens.
+pub fn law(rates: &[f64]) -> Vec<f64> {
+    let mut reached = 1.0;
+    let mut law = Vec::with_capacity(rates.len() + 1);
+    for rate in rates {
+        law.push(reached * (1.0 - rate));
+        reached *= rate;
+    }
+    law.push(reached);
+    law
+}
+
+/// Tokens that a round emits on average: the accepted ones and the one that follows.
+pub fn expected(rates: &[f64]) -> f64 {
+    let mut reached = 1.0;
+    1.0 + rates
+        .iter()
+        .map(|rate| {
+            reached *= rate;
+            reached
+        })
+        .sum::<f64>()
+}
+
+/// All that is known about acceptance and guesses, over all streams.
+#[derive(Debug, Clone)]
+pub struct Learner {
+    acceptance: [Acceptance; 2],
+    /// By class, then: after a refusal, after a whole chain.
+    curves: [[RankCurve; 2]; 2],
+    /// Hits and lookups by class of the chain whose outcome was looked up.
+    lookups: [(f64, f64); 2],
+}
+
+/// How much the prior weighs, in observations.
+const GLOBAL_WEIGHT: f64 = 2.0;
+const STREAM_WEIGHT: f64 = 16.0;
+
+impl Default for Learner {
+    fn default() -> Self {
+        Self {
+            acceptance: from_fn(|_| Acceptance::new(256.0)),
+            curves: from_fn(|_| from_fn(|_| RankCurve::new(1.0))),
+            lookups: [(0.0, 0.0); 2],
+        }
+    }
+}
+
+impl Learner {
+    /// A stream's own counts, to pass to [`Learner::observe`] and [`Learner::rates`].
+    pub fn stream() -> [Acceptance; 2] {
+        from_fn(|_| Acceptance::new(64.0))
+    }
+
+    /// A chain of `length` tokens of which `accepted` were kept.
+    pub fn observe(&mut self, own: &mut [Acceptance; 2], class: Class, length: u32, accepted: u32) {
+        self.acceptance[class.index()].observe(length, accepted);
+        own[class.index()].observe(length, accepted);
+    }
+
+    /// Where the true token stood among the guesses.
+    pub fn rank(&mut self, class: Class, whole: bool, rank: Option<u32>) {
+        self.curves[class.index()][usize::from(whole)].observe(rank.map(|rank| rank as usize));
+    }
+
+    /// Whether the outcome of a chain was in the cache.
+    pub fn lookup(&mut self, class: Class, hit: bool) {
+        let (hits, all) = &mut self.lookups[class.index()];
+        *hits = *hits * 0.99 + f64::from(u8::from(hit));
+        *all = *all * 0.99 + 1.0;
+    }
+
+    /// The recent share of hits among lookups after chains of this class, if there were any.
+    pub fn hit_rate(&self, class: Class) -> Option<f64> {
+        let (hits, all) = self.lookups[class.index()];
+        (all > 0.0).then(|| hits / all)
+    }
+
+    /// How much fast chains were tried, in recent observations.
+    pub fn fast_tried(&self) -> f64 {
+        self.acceptance[Class::Fast.index()].tried()
+    }
+
+    /// The acceptance rates of the places of a chain, over all streams or for one.
+    pub fn rates(&self, own: Option<&[Acceptance; 2]>, class: Class, length: u32) -> Vec<f64> {
+        let mut before = if class == Class::Model { 0.7 } else { 0.2 };
+        (0..length as usize)
+            .map(|place| {
+                before = self.acceptance[class.index()].rate(place, before, GLOBAL_WEIGHT);
+                own.map_or(before, |own| own[class.index()].rate(place, before, STREAM_WEIGHT))
+            })
+            .collect()
+    }
+
+    /// The rank curve of each place of a chain of this length.
+    pub fn curves(&self, class: Class, length: u32) -> Vec<&RankCurve> {
+        let [refused, whole] = &self.curves[class.index()];
+        (0..length).map(|_| refused).chain([whole]).collect()
+    }
+
+    /// One curve: after a refusal, or after a whole chain.
+    pub fn curve(&self, class: Class, whole: bool) -> &RankCurve {
+        &self.curves[class.index()][usize::from(whole)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_go_from_the_prior_to_the_data_and_never_to_the_ends() {
+        let mut learner = Learner::default();
+        let mut own = Learner::stream();
+        assert_eq!(learner.rates(None, Class::Model, 3), vec![0.7; 3]);
+        for _ in 0..500 {
+            learner.observe(&mut own, Class::Model, 3, 3);
+        }
+        let rates = learner.rates(Some(&own), Class::Model, 4);
+        assert!(rates.iter().all(|rate| *rate > 0.98 && *rate < 1.0), "{rates:?}");
+        let mut other = Learner::stream();
+        for _ in 0..20 {
+            learner.observe(&mut other, Class::Model, 3, 0);
+        }
+        // A stream that differs is somewhere between all and itself.
+        let (all, its) = (learner.rates(None, Class::Model, 1)[0], learner.rates(Some(&other), Class::Model, 1)[0]);
+        assert!(its < all && its > 0.1, "{its} {all}");
+        assert_eq!(learner.rates(None, Class::Fast, 1), vec![0.2]);
+    }
+
+    #[test]
+    fn law_and_expectation_agree() {
+        let rates = [0.9, 0.5, 0.3];
+        let law = law(&rates);
+        assert!((law.iter().sum::<f64>() - 1.0).abs() < 1e-15);
+        let mean: f64 = law.iter().enumerate().map(|(k, p)| (k + 1) as f64 * p).sum();
+        assert!((mean - expected(&rates)).abs() < 1e-15);
+        assert_eq!((expected(&[]), super::law(&[])), (1.0, vec![1.0]));
+    }
+}

@@ -1,0 +1,31 @@
+//! Who runs when, as state machines without I/O: events with times go in, commands come out. The real engine, the
+//! simulator (virtual time) and the tests (adversarial orders) drive the same machine. Nothing here reads a clock,
+//! sleeps, spawns or touches a file.
+//!
+//! Rounds of speculative decoding with drafts that are made ahead ("speculative speculative decoding", Kumar, Dao, May,
+//! 2026), [`Rounds`]:
+//! * [`event`]: what goes in and what comes out; [`settings`];
+//! * [`rounds`]: the transitions, in three files: streams, target, drafts;
+//! * [`stream`], [`workers`], [`handles`]: what is remembered of streams, draft workers and contents;
+//! * [`batch`]: who is verified together, and whether to wait for a draft;
+//! * [`choose`]: chain length, budget, guesses, fallback, from [`latency`] (times) and [`learn`] (acceptance, ranks);
+//! * [`stats`]: counters.
+//!
+//! Why no choice biases what is sampled: the machine never sees a drafted token or its law, only lengths, outcomes,
+//! ranks and times. An entry is found by its whole outcome, which the target drew; it is used at most once.
+
+pub mod batch;
+pub mod choose;
+pub mod event;
+pub mod handles;
+pub mod latency;
+pub mod learn;
+pub mod rounds;
+pub mod settings;
+pub mod stats;
+pub mod stream;
+pub mod workers;
+
+pub use event::{Command, Event};
+pub use rounds::Rounds;
+pub use settings::{Fallback, Settings};
