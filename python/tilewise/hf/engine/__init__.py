@@ -10,7 +10,8 @@
 
 from tilewise.hf.engine.custom import custom_generate
 from tilewise.hf.engine.generator import SpeculativeGenerator
+from tilewise.hf.engine.processes import serve_draft
 from tilewise.hf.engine.requests import Generated
 from tilewise.hf.engine.stats import EngineStats, RoundRecord
 
-__all__ = ["EngineStats", "Generated", "RoundRecord", "SpeculativeGenerator", "custom_generate"]
+__all__ = ["EngineStats", "Generated", "RoundRecord", "SpeculativeGenerator", "custom_generate", "serve_draft"]

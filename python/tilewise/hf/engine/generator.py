@@ -18,15 +18,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
-from queue import Empty, SimpleQueue
 from typing import Any
 
-import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tilewise.errors import ArgumentError, VocabularyError
-from tilewise.hf.engine.processes import DraftProcess, start
+from tilewise.hf.engine.link import ready
+from tilewise.hf.engine.processes import DraftProcess
 from tilewise.hf.engine.requests import Generated, Request, Stops
 from tilewise.hf.engine.rules import Settings, rule_of
 from tilewise.hf.engine.stats import EngineStats, RoundRecord
@@ -34,7 +33,10 @@ from tilewise.hf.generate import as_prompt, as_rows, check_model, computing, mod
 from tilewise.hf.runners import Runner, runners
 from tilewise.hf.tokenizers import Tokenizer
 from tilewise.scheduler import Rounds
-from tilewise.speculation import MixtureDraft, NGramDraft, SuffixDraft
+try:
+    from tilewise.speculation import MixtureDraft, NGramDraft, SuffixDraft
+except ImportError:
+    MixtureDraft = None
 
 __all__ = ["SpeculativeGenerator"]
 
@@ -136,7 +138,6 @@ class SpeculativeGenerator:
             patience=patience, adaptive=adaptive, workers=count, vocabulary=self._vocabulary, seed=seed,
         )  # fmt: skip
         self.stats = EngineStats()
-        self._inbox: SimpleQueue[Any] = SimpleQueue()
         self._requests: dict[int, Request] = {}
         self._contents: dict[int, tuple[list[int], list[Any] | None]] = {}
         self._prefills: deque[int] = deque()
@@ -147,7 +148,6 @@ class SpeculativeGenerator:
         self._started = 0
         self._next_stream = 0
         self._origin: float | None = None
-        self._store: Any = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if count else None
         self._start_drafts()
 
     # Processes.
@@ -156,9 +156,8 @@ class SpeculativeGenerator:
         """Starts a process for every worker that has none."""
         for worker, process in self._processes.items():
             if process is None and self._draft is not None:
-                self._processes[worker] = start(
-                    self._draft, self._started * len(self._processes) + worker, self._draft_threads, self._inbox, self._store
-                )
+                name = self._started * len(self._processes) + worker
+                self._processes[worker] = DraftProcess(self._draft, name, self._draft_threads)
         self._started += 1
 
     def wait_until_ready(self, timeout: float = 120.0) -> bool:
@@ -172,7 +171,7 @@ class SpeculativeGenerator:
             left = end - time.perf_counter()
             if left <= 0 or any(process is None for process in self._processes.values()):
                 return False
-            self._take(left)
+            self._take(min(left, 0.05))
         return True
 
     def close(self) -> None:
@@ -287,7 +286,7 @@ class SpeculativeGenerator:
             if wanted == 0:
                 each.result.reason = "limit"
                 continue
-            if self._lookup:
+            if self._lookup and MixtureDraft:
                 each.lookup = MixtureDraft([NGramDraft(), SuffixDraft()])
                 each.lookup.extend(each.prompt)
             self._requests[each.stream] = each
@@ -326,26 +325,32 @@ class SpeculativeGenerator:
             self.stats.wait_seconds += time.perf_counter() - began
 
     def _take(self, timeout: float) -> bool:
-        """Takes all messages that have come; waits for one at most so long. Whether there was any."""
-        any_came = False
-        while True:
-            try:
-                message = self._inbox.get(block=timeout > 0 and not any_came, timeout=timeout or None)
-            except Empty:
-                return any_came
-            any_came = True
-            worker = message[1] % max(1, len(self._processes))
-            process = self._processes.get(worker)
-            if process is None or process.name != message[1]:
-                continue  # of a process that was given up
-            if message[0] == "lost":
+        """Takes all messages that have come; waits for one at most so long. Whether anything was heard."""
+        heard = self._listen()
+        if not heard and timeout > 0.0:
+            links = [each.link for each in self._processes.values() if each is not None and each.link is not None]
+            # Who has not called yet is looked after from time to time.
+            starting = any(each is not None and not each.ready for each in self._processes.values())
+            ready(links, min(timeout, 0.01) if starting else timeout)
+            heard = self._listen()
+        return heard
+
+    def _listen(self) -> bool:
+        heard = False
+        for worker, process in self._processes.items():
+            if process is None:
+                continue
+            while process.link is not None and (message := process.link.receive()) is not None:
+                heard = True
+                for event in message[0]:
+                    self._heard(worker, process, event, message[1])
+            if process.lost:
+                heard = True
                 process.close()
                 self._processes[worker] = None
                 self.stats.lost_workers += 1
                 self._tell(("worker_lost", worker))
-            else:
-                for event in message[2]:
-                    self._heard(worker, process, event, message[3])
+        return heard
 
     def _heard(self, worker: int, process: DraftProcess, event: list[Any], arrays: list[Any]) -> None:
         kind = event[0]
@@ -446,6 +451,7 @@ class SpeculativeGenerator:
     def _prefill(self, stream: int) -> None:
         request = self._requests.get(stream)
         if request is None or request.over:
+            self._tell(("prefilled", stream, True))
             return
         began = time.perf_counter()
         request.runner = self._start_target()

@@ -124,10 +124,13 @@ class Guesser:
         keep = self.committed - 1 - fed
         self.orders = list(self._propose(logits, list(positions)).orders[keep:])
 
-    def rank(self, accepted: int, token: int) -> int:
-        """Where a token stands among the guesses after `accepted` ones: 0 is the first, -1 not among them."""
+    def rank(self, accepted: int, token: int) -> int | None:
+        """Where a token stands among the guesses after `accepted` ones: 0 is the first, -1 not among them.
+
+        None where there are no guesses: after the last token of a chain there are none before the build's first step.
+        """
         if accepted >= len(self.orders):
-            return -1
+            return None
         guesses = self._guesses(accepted)
         return guesses.index(token) if token in guesses else -1
 

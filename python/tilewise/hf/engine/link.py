@@ -1,47 +1,48 @@
-"""Messages between the target and a draft: short lists of commands, over torch.distributed.
+"""Messages between the target and a draft: short lists of commands over a socket.
 
-A link is a gloo process group of two, of its own: the user's default group is neither needed nor touched. What crosses
-is text (JSON) and, where drafts have laws, arrays behind it. A thread per link waits for messages and puts them into an
-inbox; a peer that goes away puts ``("lost", peer)`` there.
+What crosses is text (JSON) and, where drafts have laws, arrays behind it. The connection is the standard library's, with
+its mutual authentication. Whoever waits for a message or looks for one does so itself: no thread stands between.
 
-Frame: ``uint32`` bytes of text, ``uint32`` bytes in all, text, arrays; the first :data:`FRAME` bytes in one send, the
-rest, if there is any, in a second.
+torch.distributed brings the two together where they run on several machines (its store: :mod:`.processes`), but does not
+carry the messages. Its gloo backend can only be waited for, so it needs a thread a link and has one of its own; with both
+cores computing, a message then lay for up to two milliseconds, half a verification of the default pair, until the threads
+had had their turn. A socket of our own is written and read in the time of a system call.
 """
 
 from __future__ import annotations
 
 import json
-import threading
-from datetime import timedelta
-from queue import SimpleQueue
+import os
+import socket
+import struct
+import sys
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import distributed
 
-__all__ = ["FRAME", "Link", "pack", "unpack"]
+__all__ = ["Link", "pack", "ready", "unpack"]
 
-FRAME = 4096
-_FOREVER = timedelta(days=365)
+_STUCK = 2  # seconds until a peer that takes nothing counts as gone
 
 
-def pack(commands: list[Any], arrays: list[NDArray[Any]]) -> bytes:
+def pack(commands: Sequence[Any], arrays: Sequence[NDArray[Any]]) -> bytes:
     """A message of commands, which name arrays by their index."""
     shapes = [[array.dtype.str, list(array.shape)] for array in arrays]
     text = json.dumps([commands, shapes], separators=(",", ":")).encode()
-    body = b"".join([text, *(np.ascontiguousarray(array).tobytes() for array in arrays)])
-    return len(text).to_bytes(4, "little") + (8 + len(body)).to_bytes(4, "little") + body
+    return b"".join([len(text).to_bytes(4, "little"), text, *(np.ascontiguousarray(one).tobytes() for one in arrays)])
 
 
-def unpack(frame: bytes) -> tuple[list[Any], list[NDArray[Any]]]:
+def unpack(message: bytes) -> tuple[list[Any], list[NDArray[Any]]]:
     """What :func:`pack` packed."""
-    end = 8 + int.from_bytes(frame[:4], "little")
-    commands, shapes = json.loads(frame[8:end])
+    end = 4 + int.from_bytes(message[:4], "little")
+    commands, shapes = json.loads(message[4:end])
     arrays = []
     for kind, shape in shapes:
-        array = np.frombuffer(frame, np.dtype(kind), int(np.prod(shape)), end).reshape(shape)
+        count = int(np.prod(shape))
+        array = np.frombuffer(message, np.dtype(kind), count, end).reshape(shape)
         end += array.nbytes
         arrays.append(array)
     return commands, arrays
@@ -51,49 +52,46 @@ class Link:
     """One end of a link.
 
     Args:
-        store: where the two ends meet.
-        rank: 0 in the target's process, 1 in the draft's.
-        name: of the peer, in the inbox.
-        inbox: receives ``("message", name, commands, arrays)`` and, at the end, ``("lost", name)``.
+        connection: an open one; the link owns it.
+
+    Attributes:
+        lost: whether the peer is gone.
     """
 
-    def __init__(self, store: Any, rank: int, name: int, inbox: SimpleQueue[Any]):
-        self._group: Any = distributed.ProcessGroupGloo(store, rank, 2, _FOREVER)
-        self._peer, self._name, self._inbox = 1 - rank, name, inbox
-        self._open = True
-        threading.Thread(target=self._listen, name=f"tilewise-link-{name}", daemon=True).start()
+    def __init__(self, connection: Connection):
+        self.connection = connection
+        self.lost = False
+        if sys.platform != "win32":  # a peer that hangs must not hang us
+            with socket.socket(fileno=os.dup(connection.fileno())) as view:
+                view.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _STUCK, 0))
+                if view.family != socket.AF_UNIX:
+                    view.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def send(self, commands: list[Any], arrays: list[NDArray[Any]] | None = None) -> bool:
-        """Send a message; False if the peer is gone (which the inbox hears too)."""
-        if not self._open:
-            return False
-        frame = pack(commands, arrays or [])
-        head = torch.frombuffer(bytearray(frame[:FRAME].ljust(FRAME, b"\0")), dtype=torch.uint8)
+    def send(self, commands: Sequence[Any], arrays: Sequence[NDArray[Any]] = ()) -> bool:
+        """Send a message; False if the peer is gone."""
+        if not self.lost:
+            try:
+                self.connection.send_bytes(pack(commands, arrays))
+            except OSError:  # closed, broken, or stuck
+                self.lost = True
+        return not self.lost
+
+    def receive(self) -> tuple[list[Any], list[NDArray[Any]]] | None:
+        """The next message, if one has come; None if not, or if the peer is gone."""
+        if self.lost:
+            return None
         try:
-            self._group.send([head], self._peer, 0).wait()
-            if len(frame) > FRAME:
-                rest = torch.frombuffer(bytearray(frame[FRAME:]), dtype=torch.uint8)
-                self._group.send([rest], self._peer, 0).wait()
-        except RuntimeError:  # gloo has no class of its own for a closed connection
-            self._open = False
-            return False
-        return True
+            return unpack(self.connection.recv_bytes()) if self.connection.poll() else None
+        except (EOFError, OSError):
+            self.lost = True
+            return None
 
-    def _receive(self) -> bytes:
-        head = torch.empty(FRAME, dtype=torch.uint8)
-        self._group.recv([head], self._peer, 0).wait()
-        frame = head.numpy().tobytes()
-        size = int.from_bytes(frame[4:8], "little")
-        if size > FRAME:
-            rest = torch.empty(size - FRAME, dtype=torch.uint8)
-            self._group.recv([rest], self._peer, 0).wait()
-            return frame + rest.numpy().tobytes()
-        return frame[:size]
+    def close(self) -> None:
+        """Close this end, which the other notices."""
+        self.lost = True
+        self.connection.close()
 
-    def _listen(self) -> None:
-        try:
-            while True:
-                self._inbox.put(("message", self._name, *unpack(self._receive())))
-        except RuntimeError:
-            self._open = False
-            self._inbox.put(("lost", self._name))
+
+def ready(links: Sequence[Link], timeout: float | None) -> None:
+    """Return when one of these links has a message or has lost its peer, or after `timeout` seconds."""
+    wait([link.connection for link in links if not link.lost], timeout)

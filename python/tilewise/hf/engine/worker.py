@@ -1,25 +1,24 @@
 """The draft's process: it answers commands, and guesses ahead while there are none.
 
-    python -m tilewise.hf.engine.worker HOST PORT NAME      (started by the target; its standard input carries the model)
-
 ```text
 loop:  take all commands that have come (wait for one if there is nothing to build)
        then one step of the build that was begun last, of one stream after the other
        a build that is complete is sent at once, with all its entries
 ```
-A command about a stream ends its build. The process ends with its standard input: when the target's process is gone, in
-whatever way, nothing is left.
+A command about a stream ends its build. The process ends when the link or its standard input does: when the target's
+process is gone, in whatever way, nothing is left.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from multiprocessing.connection import Client
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import tilewise.hf
 from tilewise import _core
 from tilewise.hf.engine.guesser import Branch, Guesser
-from tilewise.hf.engine.link import Link
+from tilewise.hf.engine.link import Link, ready
 from tilewise.hf.engine.rules import Law, Rule, Settings, rule_of
 from tilewise.hf.runners import Runner, runners
 
@@ -55,8 +54,6 @@ def pack_model(model: PreTrainedModel, threads: int) -> bytes:
 
 def unpack_model(content: bytes) -> tuple[PreTrainedModel, int]:
     """What :func:`pack_model` packed."""
-    import json
-
     found = torch.load(io.BytesIO(content), weights_only=True)
     tilewise.hf.register()
     fields = json.loads(found["config"])
@@ -74,15 +71,14 @@ class Worker:
         model: the draft.
         link: to the target.
         name: of this worker; handles it gives out are unique among workers.
-        inbox: of the link.
     """
 
-    def __init__(self, model: PreTrainedModel, link: Link, name: int, inbox: SimpleQueue[Any]):
+    def __init__(self, model: PreTrainedModel, link: Link, name: int):
         self._start: Callable[[], Runner] = runners(model, rollback=True, lean=True)
         config = model.config.get_text_config(decoder=True)
         self._vocabulary = int(config.vocab_size)
         self._context = int(getattr(config, "max_position_embeddings", None) or 2**62)
-        self._link, self._name, self._inbox = link, name, inbox
+        self._link, self._name = link, name
         self._streams: dict[int, Guesser] = {}
         self._building: list[int] = []
         self._spent: dict[int, float] = {}
@@ -97,15 +93,13 @@ class Worker:
         self._link.send([["ready"]])
         with torch.inference_mode():
             while True:
-                try:
-                    wait = not self._building
-                    while True:
-                        message = self._inbox.get(block=wait)
-                        wait = False
-                        if message[0] == "lost" or not all(self._obey(command) for command in message[2]):
-                            return
-                except Empty:
-                    pass
+                if not self._building:
+                    ready([self._link], None)
+                while (message := self._link.receive()) is not None:
+                    if not all(self._obey(command) for command in message[0]):
+                        return
+                if self._link.lost:
+                    return
                 self._flush()
                 if self._building:
                     self._advance(self._building[0])
@@ -166,7 +160,9 @@ class Worker:
         guesser = self._streams[stream]
         if not tokens:
             return None
-        self._say("rank", stream, number, guesser.rank(len(tokens) - 1, tokens[-1]))
+        rank = guesser.rank(len(tokens) - 1, tokens[-1])
+        if rank is not None:
+            self._say("rank", stream, number, rank)
         if stream in self._building:
             self._finish(stream, publish=False)
         self._drop(stream)
@@ -185,7 +181,7 @@ class Worker:
         chain = guesser.chain
         handle = self._handle()
         self._content(handle, chain, laws)
-        self._say("drafted", stream, number + 1, len(chain), handle, time.perf_counter() - began, held)
+        self._say("drafted", stream, number, len(chain), handle, time.perf_counter() - began, held)
 
     def _do_build(
         self, stream: int, number: int, start: int, tokens: list[int], given: list[int] | None, fan_out: list[int],
@@ -230,7 +226,8 @@ class Worker:
                     self._content(handle, branch.tokens, branch.laws)
                     entries.append((branch.accepted, branch.token, len(branch.tokens), handle))
             self._say("entries", stream, build.round, entries)
-        self._say("built", stream, build.round, self._spent.pop(stream), build.steps, len(build.branches))
+        steps = max((len(branch.tokens) for branch in build.branches), default=0)
+        self._say("built", stream, build.round, self._spent.pop(stream), steps, len(build.branches))
 
     def _handle(self) -> int:
         self._handles += 1
@@ -252,20 +249,14 @@ def _watch(stream: Any) -> None:
     os._exit(0)
 
 
-def main(arguments: list[str]) -> None:
-    """The process: read the model, meet the target, serve."""
-    host, port, name = arguments[0], int(arguments[1]), int(arguments[2])
+def main() -> None:
+    """The process: read where to call, the key and the model; call, serve."""
     source = sys.stdin.buffer
-    size = int.from_bytes(source.read(8), "little")
-    model, threads = unpack_model(source.read(size))
+    port, name = (int.from_bytes(source.read(4), "little") for _ in range(2))
+    key = source.read(32)
+    model, threads = unpack_model(source.read(int.from_bytes(source.read(8), "little")))
     threading.Thread(target=_watch, args=(source,), daemon=True).start()
     torch.set_num_threads(threads)
     _core.set_num_threads(threads)
-    store = torch.distributed.PrefixStore(f"tilewise/{name}", torch.distributed.TCPStore(host, port, is_master=False))
-    inbox: SimpleQueue[Any] = SimpleQueue()
-    Worker(model, Link(store, 1, 0, inbox), name, inbox).run()
-    os._exit(0)  # threads wait in native code
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    Worker(model, Link(Client(("127.0.0.1", port), authkey=key)), name).run()
+    os._exit(0)  # a thread still waits for our standard input to close, which would hold up an orderly end
