@@ -19,8 +19,9 @@
 //! ```
 //! Departure 1: E(n, .) is kept for the positions last used; the branches of a build race at few positions.
 
-use super::input::{Results, floating, shaped};
-use super::process::{Law, Processor, SERIAL, Sampling};
+use super::input::{Results, floating, shaped, widen};
+use super::law::Law;
+use super::process::{Processor, SERIAL, Sampling};
 use super::sample::Streams;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -170,12 +171,15 @@ impl Races {
         count: usize,
         scratch: &mut Scratch,
     ) -> Result<()> {
-        let Scratch { processor, law, order } = scratch;
+        let Scratch { processor, law, order, z } = scratch;
         order.clear();
         if rule.is_greedy() {
             processor.check(logits, &[row])?;
+            widen(logits, &[row], z);
             // The best first; those at -inf never.
-            processor.each(|token, logit| first(order, count, -logit, token, logit > f64::NEG_INFINITY));
+            for (token, &logit) in z.iter().enumerate() {
+                first(order, count, -logit, token, logit > f64::NEG_INFINITY);
+            }
             return Ok(());
         }
         processor.law(logits, &[row], rule, law)?;
@@ -205,6 +209,7 @@ struct Scratch {
     processor: Processor,
     law: Law,
     order: Vec<(f64, usize)>,
+    z: Vec<f64>,
 }
 
 #[cfg(test)]
