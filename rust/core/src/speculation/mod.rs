@@ -7,8 +7,11 @@
 //!
 //! * [`mod@process`]: logits to law: [`process::Sampling`], [`process::Law`];
 //! * `select`: the k largest, and the nucleus, without sorting the vocabulary;
-//! * [`sample`]: one token from a law and a uniform number, batched;
+//! * [`sample`]: one token a row, batched, and the record of its law;
 //! * [`mod@verify`]: chains: acceptance probabilities, residual laws, and the run that uses them;
+//! * [`scalars`]: the same in two steps, for which few numbers cross from one process to another;
+//! * `sparse`: laws as short lists of tokens; [`law`]: sums and draws; [`saguaro`]: reweighed drafts;
+//! * [`outcomes`]: what a draft expects to follow, and where a token stands in that order;
 //! * [`cache`]: what was drafted ahead, by the outcome it was drafted for;
 //! * [`fanout`] and [`ranks`]: how many outcomes to guess at each place, and how well guesses hit, learnt online.
 //!
@@ -24,17 +27,25 @@
 pub mod cache;
 pub mod fanout;
 mod input;
+pub mod law;
+pub mod outcomes;
 pub mod process;
 pub mod ranks;
+pub mod saguaro;
 pub mod sample;
+pub mod scalars;
 mod select;
+mod sparse;
 #[cfg(test)]
 mod tests;
 pub mod verify;
 
 pub use cache::{Outcome, OutcomeCache};
-pub use input::rules;
-pub use process::{Law, Sampling, process};
+pub use input::{rules, saguaro_rules};
+pub use law::Law;
+pub use process::{Sampling, process};
 pub use ranks::RankCurve;
-pub use sample::{Streams, sample_laws, sample_logits};
-pub use verify::{Chain, Chains, acceptance, residual, verification_law, verify};
+pub use saguaro::Saguaro;
+pub use sample::{Record, Streams, sample_laws, sample_logits};
+pub use sparse::SparseLaws;
+pub use verify::{Chain, Chains, Proposals, acceptance, residual, token_probabilities, verification_law, verify};

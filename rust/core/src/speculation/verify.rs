@@ -9,9 +9,11 @@
 //! same methods that the run calls, so what they prove is proved of what runs. Greedy rows need no rule of their own:
 //! at temperature 0 the law is one token, so a draft is accepted iff it is that token.
 
-use super::input::{Results, fill, floating, integers, shaped};
-use super::process::{Law, Processor, SERIAL, Sampling};
+use super::input::{Results, fill, floating, lengths_of, logit, shaped};
+use super::law::{Law, total};
+use super::process::{Processor, SERIAL, Sampling};
 use super::sample::{Row, Streams, laws_dtype, tokens_out};
+use super::sparse::{List, SparseLaws};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::rng::Purpose;
@@ -34,38 +36,99 @@ pub fn acceptance(p: f64, q: f64) -> f64 {
 
 /// The law a drafted token came from.
 #[derive(Debug, Clone, Copy)]
-pub struct Proposal<'a>(Kind<'a>);
+pub struct Proposal<'a> {
+    /// The token that was drawn.
+    pub(super) token: usize,
+    pub(super) kind: Kind<'a>,
+}
 
 #[derive(Debug, Clone, Copy)]
-enum Kind<'a> {
-    /// All mass on one token: the draft is a function of the prefix (n-grams, greedy drafts).
-    Point(usize),
+pub(super) enum Kind<'a> {
+    /// All mass on the token: the draft is a function of the prefix (n-grams, greedy drafts).
+    Point,
     /// Probabilities, and their sum.
     Row(Row<'a>, f64),
+    /// Probabilities of a few tokens.
+    List(List<'a>),
 }
 
 impl Proposal<'_> {
     /// q(token).
     pub fn probability(&self, token: usize) -> f64 {
-        match &self.0 {
-            Kind::Point(only) => f64::from(u8::from(token == *only)),
+        match &self.kind {
+            Kind::Point => f64::from(u8::from(token == self.token)),
             Kind::Row(row, total) => row.get(token) / total,
+            Kind::List(list) => list.get(token) / list.total(),
         }
     }
 }
 
-/// `out` becomes the law of the token that replaces a refused one: max(p - q, 0), renormalised.
+/// The laws of a batch of drafted tokens.
+#[derive(Debug, Clone)]
+pub enum Proposals<'a> {
+    /// Each token is a function of what came before it.
+    Points,
+    /// A probability for every token of the vocabulary (float32 or float64).
+    Dense(Array<'a>),
+    /// Probabilities of a few tokens; those of all others are 0.
+    Sparse(SparseLaws<'a>),
+}
+
+impl<'a> From<Option<Array<'a>>> for Proposals<'a> {
+    fn from(laws: Option<Array<'a>>) -> Self {
+        laws.map_or(Proposals::Points, Proposals::Dense)
+    }
+}
+
+impl<'a> Proposals<'a> {
+    /// The law that `token` was drawn from, at `at`.
+    ///
+    /// # Errors
+    /// Rows that are not laws; where `strict`, a law that gives the token nothing.
+    pub(super) fn at(&self, at: &[usize], token: usize, vocabulary: usize, strict: bool) -> Result<Proposal<'a>> {
+        let kind = match self {
+            Proposals::Points => Kind::Point,
+            Proposals::Dense(laws) => {
+                let row = Row::new(laws, at);
+                Kind::Row(row, row.total("draft_laws", at)?)
+            }
+            Proposals::Sparse(laws) => Kind::List(laws.list(at, vocabulary)?),
+        };
+        let proposal = Proposal { token, kind };
+        if strict && proposal.probability(token) == 0.0 {
+            let at: Vec<_> = at.iter().map(usize::to_string).collect();
+            return Err(Error::value(
+                &format!("draft_laws[{}]", at.join(", ")),
+                format!("a positive probability for the drafted token {token}"),
+                0,
+            )
+            .hint("pass the law the token was drawn from, or strict=False if it underflowed"));
+        }
+        Ok(proposal)
+    }
+}
+
+/// `out` becomes the law of the token that replaces a refused one: max(p - q, 0), renormalised. Without any mass (p equals
+/// q to rounding, so a refusal was itself a rounding accident) it becomes p.
+///
+/// Both laws are weights and totals; the subtraction happens on p's scale, p.total * (p - q), so nothing is divided.
 pub fn residual(p: &Law, q: &Proposal<'_>, out: &mut Law) {
-    match q.0 {
-        Kind::Point(only) => p.minus(|token| f64::from(u8::from(token == only)), out),
-        Kind::Row(Row::Single(row), total) => match row.row(0) {
-            Some(row) => p.minus(|token| f64::from(row[token]) / total, out),
-            None => p.minus(|token| f64::from(row.at(0, token)) / total, out),
-        },
-        Kind::Row(Row::Double(row), total) => match row.row(0) {
-            Some(row) => p.minus(|token| row[token] / total, out),
-            None => p.minus(|token| row.at(0, token) / total, out),
-        },
+    p.copy_to(out);
+    match &q.kind {
+        Kind::Point => out.take_off(q.token, p.total),
+        Kind::List(list) => {
+            let scale = p.total / list.total();
+            list.iter().for_each(|(token, weight)| out.take_off(token, weight * scale));
+        }
+        Kind::Row(row, total) => row.take_from(out, p.total / total),
+    }
+    // By definition; rounding of the scale must not leave a crumb to a token that can be refused.
+    if p.probability(q.token) < q.probability(q.token) {
+        out.take_off(q.token, p.total);
+    }
+    out.total = total(&out.weights);
+    if out.total <= 0.0 {
+        p.copy_to(out);
     }
 }
 
@@ -74,7 +137,7 @@ pub fn residual(p: &Law, q: &Proposal<'_>, out: &mut Law) {
 pub struct Chains<'a> {
     tokens: Array<'a>,
     lengths: Vec<usize>,
-    laws: Option<Array<'a>>,
+    laws: Proposals<'a>,
     logits: Array<'a>,
     rules: Vec<Sampling>,
     strict: bool,
@@ -84,7 +147,7 @@ impl<'a> Chains<'a> {
     /// Checks ranks, extents and types, `lengths` and the rules; values are checked row by row when they are used.
     ///
     /// * `tokens [B, K]`: drafted ids (int32 or int64); `lengths [B]`: how many of a row's K are drafted (absent: K);
-    /// * `laws [B, K, V]`: the law each was drawn from (float32 or float64); absent: point masses;
+    /// * `laws`: the law each was drawn from, `[B, K, V]` or lists `[B, K, m]`;
     /// * `logits [B, K + 1, V]`: the target's, row i for the token at the place of `tokens[:, i]`; `rules`: one a row;
     /// * `strict`: check every drafted position, also those after the first refusal, and refuse tokens whose q is 0.
     ///
@@ -93,11 +156,12 @@ impl<'a> Chains<'a> {
     pub fn new(
         tokens: Array<'a>,
         lengths: Option<&Array<'_>>,
-        laws: Option<Array<'a>>,
+        laws: impl Into<Proposals<'a>>,
         logits: Array<'a>,
         rules: Vec<Sampling>,
         strict: bool,
     ) -> Result<Self> {
+        let laws = laws.into();
         shaped("draft_tokens", &tokens, "[B, K]", &[Some(rules.len()), None])?;
         if !matches!(tokens.dtype(), Dtype::I32 | Dtype::I64) {
             return Err(Error::dtype("draft_tokens", "int32 or int64", tokens.dtype()));
@@ -110,26 +174,18 @@ impl<'a> Chains<'a> {
         if vocabulary == 0 {
             return Err(Error::shape("logits", axes, logits.shape()));
         }
-        if let Some(laws) = &laws {
-            laws_dtype("draft_laws", laws)?;
-            let axes = format!("[B = {rows}, K = {depth}, V = {vocabulary}], the vocabulary of logits");
-            shaped("draft_laws", laws, &axes, &[Some(rows), Some(depth), Some(vocabulary)]).map_err(|error| {
-                error.hint("a draft with another vocabulary must be mapped to the target's (missing tokens: 0)")
-            })?;
+        match &laws {
+            Proposals::Points => {}
+            Proposals::Dense(laws) => {
+                laws_dtype("draft_laws", laws)?;
+                let axes = format!("[B = {rows}, K = {depth}, V = {vocabulary}], the vocabulary of logits");
+                shaped("draft_laws", laws, &axes, &[Some(rows), Some(depth), Some(vocabulary)]).map_err(|error| {
+                    error.hint("a draft with another vocabulary must be mapped to the target's (missing tokens: 0)")
+                })?;
+            }
+            Proposals::Sparse(laws) => laws.shaped(&[rows, depth])?,
         }
-        let lengths = match lengths {
-            None => vec![depth; rows],
-            Some(lengths) => (integers("draft_lengths", lengths, rows)?.into_iter().enumerate())
-                .map(|(row, length)| match usize::try_from(length) {
-                    Ok(length) if length <= depth => Ok(length),
-                    _ => Err(Error::value(
-                        &format!("draft_lengths[{row}]"),
-                        format!("an integer in [0, K = {depth}]"),
-                        length,
-                    )),
-                })
-                .collect::<Result<_>>()?,
-        };
+        let lengths = lengths_of(lengths, rows, depth)?;
         Ok(Self { tokens, lengths, laws, logits, rules, strict })
     }
 
@@ -198,20 +254,24 @@ impl<'a> Chain<'_, 'a> {
     /// # Errors
     /// Rows that are not laws; where `strict`, a law that gives the drafted token nothing.
     pub fn proposal(&self, i: usize) -> Result<Proposal<'a>> {
-        let token = self.token(i)?;
-        let Some(laws) = &self.batch.laws else { return Ok(Proposal(Kind::Point(token))) };
-        let at = [self.row, i];
-        let row = Row::new(laws, &at);
-        let total = row.total("draft_laws", &at)?;
-        if self.batch.strict && row.get(token) == 0.0 {
-            return Err(Error::value(
-                &format!("draft_laws[{}, {i}]", self.row),
-                format!("a positive probability for the drafted token {token}"),
-                0,
-            )
-            .hint("pass the law the token was drawn from, or strict=False if it underflowed"));
+        let vocabulary = self.batch.logits.shape()[2];
+        self.batch.laws.at(&[self.row, i], self.token(i)?, vocabulary, self.batch.strict)
+    }
+
+    /// The target's probability of drafted token i, given that all before it were accepted.
+    ///
+    /// # Errors
+    /// Bad values at position i.
+    pub fn probability(&self, i: usize, scratch: &mut Scratch) -> Result<f64> {
+        let (token, at) = (self.token(i)?, [self.row, i]);
+        // A law cut by top-k or top-p is made; of a plain one the sum is enough.
+        if scratch.at != Some((self.row, i))
+            && let Some(law) = scratch.processor.softmax(&self.batch.logits, &at, self.batch.rules[self.row])?
+        {
+            return Ok(law.probability(logit(&self.batch.logits, &[self.row, i, token])));
         }
-        Ok(Proposal(Kind::Row(row, total)))
+        self.target(i, scratch)?;
+        Ok(scratch.target.probability(token))
     }
 
     fn target(&self, i: usize, scratch: &mut Scratch) -> Result<()> {
@@ -229,9 +289,8 @@ impl<'a> Chain<'_, 'a> {
     /// # Errors
     /// Bad values at position i.
     pub fn acceptance(&self, i: usize, scratch: &mut Scratch) -> Result<f64> {
-        self.target(i, scratch)?;
-        let token = self.token(i)?;
-        Ok(acceptance(scratch.target.probability(token), self.proposal(i)?.probability(token)))
+        let proposal = self.proposal(i)?;
+        Ok(acceptance(self.probability(i, scratch)?, proposal.probability(proposal.token)))
     }
 
     /// The law of the token that ends the round after i acceptances: the residual after a refusal of token i, or the
@@ -290,6 +349,31 @@ pub fn verify(chains: &Chains<'_>, streams: &Streams, accepted: ArrayMut<'_>, ne
     let results = results.collect()?;
     fill(accepted, results.iter().map(|&(count, _)| count as i32));
     fill(next, results.iter().map(|&(_, token)| token as i64));
+    Ok(())
+}
+
+/// The target's probability of every drafted token, `out [B, K]` (float64; 0 beyond a row's length): what
+/// [`accept`](super::scalars::accept) takes.
+///
+/// # Errors
+/// Bad values, at any position; an output of a wrong shape or type.
+pub fn token_probabilities(chains: &Chains<'_>, out: ArrayMut<'_>) -> Result<()> {
+    let [rows, depth] = [chains.tokens.shape()[0], chains.tokens.shape()[1]];
+    if out.shape() != [rows, depth] || out.dtype() != Dtype::F64 {
+        return Err(Error::shape("out", format!("[{rows}, {depth}] of float64"), out.shape()));
+    }
+    if rows * depth == 0 {
+        return Ok(());
+    }
+    let places = Results::new(rows * depth);
+    threads::for_each(rows * depth, chains.serial(), Scratch::default, |task, scratch| {
+        let (chain, i) = (chains.chain(task / depth), task % depth);
+        places.put(task, if i < chain.length() { chain.probability(i, scratch) } else { Ok(0.0) });
+    })?;
+    let (values, out) = (places.collect()?, out.rows::<f64>());
+    for (row, values) in values.chunks(depth).enumerate() {
+        out.take(row).copy_from_slice(values);
+    }
     Ok(())
 }
 
