@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from tilewise import speculation
+from tilewise.speculation import sampling
 from tilewise.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError
 from tilewise.speculation import Drafted, Verification, VerificationLaw
 from tilewise.torch._library import define, refuse_device
@@ -209,7 +210,7 @@ def sample(
     refuse_device(probabilities=probabilities)
     _rank("probabilities", probabilities, 2, "[B, V]")
     return _sample(
-        probabilities.detach(), speculation._seed(seed), *_streams(requests, positions, probabilities.shape[0]), purpose
+        probabilities.detach(), sampling._seed(seed), *_streams(requests, positions, probabilities.shape[0]), purpose
     )
 
 
@@ -235,7 +236,7 @@ def sample_target(
     _rank("logits", logits, 2, "[B, V]")
     rules = _rules(temperature, top_k, top_p, logits.shape[0])
     return _sample_target(
-        logits.detach(), *rules, speculation._seed(seed), *_streams(requests, positions, logits.shape[0])
+        logits.detach(), *rules, sampling._seed(seed), *_streams(requests, positions, logits.shape[0])
     )
 
 
@@ -263,7 +264,7 @@ def draft_token(
     if laws_dtype not in _LAWS:
         raise ArgumentError(f"laws_dtype: expected 'float64' or 'float32', got {laws_dtype!r}")
     rules, streams = _rules(temperature, top_k, top_p, logits.shape[0]), _streams(requests, positions, logits.shape[0])
-    return Drafted(*_draft_token(logits.detach(), *rules, speculation._seed(seed), *streams, laws_dtype))
+    return Drafted(*_draft_token(logits.detach(), *rules, sampling._seed(seed), *streams, laws_dtype))
 
 
 def verify(
@@ -298,7 +299,7 @@ def verify(
             logits.detach(),
             *_rules(temperature, top_k, top_p, rows),
             None if draft_lengths is None else _per_row("draft_lengths", draft_lengths, rows, torch.int64),
-            speculation._seed(seed),
+            sampling._seed(seed),
             *_streams(requests, positions, rows),
             strict,
         )
@@ -364,7 +365,7 @@ def _per_row(name: str, value: Any, rows: int, dtype: torch.dtype) -> torch.Tens
         return value.detach().to(dtype).expand(rows)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not (integral and isinstance(value, float)):
         return torch.full((rows,), value, dtype=dtype)
-    array = speculation._per_row(name, value, rows, "int64" if integral else "float64")
+    array = sampling._per_row(name, value, rows, "int64" if integral else "float64")
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 

@@ -16,6 +16,8 @@ mod expr;
 mod gemm;
 mod moe;
 mod speculation;
+mod speculation_cache;
+mod speculation_drafts;
 
 use pyo3::prelude::*;
 
@@ -29,5 +31,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     attention::register(module)?;
     moe::register(module)?;
     speculation::register(module)?;
+    speculation_cache::register(module)?;
+    speculation_drafts::register(module)?;
     Ok(())
 }

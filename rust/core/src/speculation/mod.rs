@@ -13,6 +13,7 @@
 //! * `sparse`: laws as short lists of tokens; [`law`]: sums and draws; [`saguaro`]: reweighed drafts;
 //! * [`outcomes`]: what a draft expects to follow, and where a token stands in that order;
 //! * [`cache`]: what was drafted ahead, by the outcome it was drafted for;
+//! * [`drafts`]: drafts that are no model: n-grams and suffixes of the text;
 //! * [`fanout`] and [`ranks`]: how many outcomes to guess at each place, and how well guesses hit, learnt online.
 //!
 //! Laws are non-negative weights with their total. Whoever draws from a law and whoever tests against it divide by
@@ -25,6 +26,7 @@
 //! same in every round, whatever the rounds are, and the output does not depend on the row a request has in a batch.
 
 pub mod cache;
+pub mod drafts;
 pub mod fanout;
 mod input;
 pub mod law;
