@@ -294,6 +294,7 @@ def speculation_geometric_miss(acceptance: float, exponent: float, fan_out: Sequ
 def speculation_water_fill(
     outcome_weights: Sequence[float], curves: Sequence[RankCurve], budget: int, most: Sequence[int]
 ) -> list[int]: ...
+
 @final
 class OutcomeCache:
     def __new__(cls) -> OutcomeCache: ...

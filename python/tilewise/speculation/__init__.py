@@ -31,6 +31,7 @@ Source: Leviathan et al., "Fast inference from transformers via speculative deco
 from __future__ import annotations
 
 from tilewise.speculation.cache import Outcome, OutcomeCache
+from tilewise.speculation.drafts import Draft, MixtureDraft, NGramDraft, Proposal, SuffixDraft
 from tilewise.speculation.fanout import (
     RankCurve,
     fan_out_limits,
@@ -56,11 +57,16 @@ from tilewise.speculation.sampling import (
 )
 
 __all__ = [
+    "Draft",
     "Drafted",
+    "MixtureDraft",
+    "NGramDraft",
     "Outcome",
     "OutcomeCache",
+    "Proposal",
     "RankCurve",
     "SparseLaws",
+    "SuffixDraft",
     "Verification",
     "VerificationLaw",
     "accept",

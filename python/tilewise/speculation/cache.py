@@ -71,7 +71,7 @@ class OutcomeCache(Generic[Entry]):
         return self._call(self._entries.get, outcome)
 
     def retire(self, stream: int, round: int) -> list[Entry]:
-        """Removes and returns what is left of a stream's rounds up to `round`, and refuses what comes for them later."""
+        """Removes and returns what is left of a stream's rounds up to `round`, and refuses what comes later."""
         try:
             return self._entries.retire(stream, round)
         except (OverflowError, TypeError):

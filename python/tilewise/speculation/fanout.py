@@ -1,7 +1,8 @@
 """Fan-out: how many follow-up tokens to guess after each accepted length.
 
-A chain of K drafted tokens ends in one of K + 1 places. Place k happens with probability P_k, and with F_k guesses there
-the true token is among them with probability hit(F_k). A budget is to be spread so that the cache hits most often:
+A chain of K drafted tokens ends in one of K + 1 places. Place k happens with probability P_k, and with F_k guesses
+there the true token is among them with probability hit(F_k). A budget is to be spread so that the cache hits most
+often:
 
 * :func:`geometric_fan_out`: the paper's closed form, real numbers; P_k = a^k (1 - a), a miss of F^(-r);
 * :func:`water_filling`: integers, for any P_k and for the hit curves that were measured (:class:`RankCurve`).
@@ -25,8 +26,8 @@ __all__ = ["RankCurve", "fan_out_limits", "geometric_fan_out", "geometric_miss",
 class RankCurve:
     """P(the true follow-up token is among the draft's first F guesses), learnt online from the ranks of true tokens.
 
-    The curve is 0 at F = 0, never falls and is concave (the least concave majorant of what was counted, Grenander 1956),
-    so that giving each guess to the place where it adds most is optimal. It starts as a power law, a miss of
+    The curve is 0 at F = 0, never falls and is concave (the least concave majorant of what was counted, Grenander
+    1956), so that giving each guess to the place where it adds most is optimal. It starts as a power law, a miss of
     ``(1 + F)^(-exponent)``, and forgets slowly.
 
     Args:
@@ -53,7 +54,7 @@ class RankCurve:
         )
 
     def observe(self, rank: int | None) -> None:
-        """The true token stood at `rank` among the guesses, 0 the first; None (or -1): it was not among those ranked."""
+        """The true token stood at `rank` among the guesses, 0 the first; None (or -1): it was not ranked."""
         if rank is not None:
             rank = _integer("rank", rank, -1)
         self._curve.observe(None if rank == -1 else rank)
@@ -170,9 +171,7 @@ def water_filling(
     for curve in curves:
         if not isinstance(curve, RankCurve):
             raise DtypeError(f"curves: expected RankCurve, got {type(curve).__name__}")
-    return _core.speculation_water_fill(
-        weights, [curve._curve for curve in curves], _integer("budget", budget), places
-    )
+    return _core.speculation_water_fill(weights, [curve._curve for curve in curves], _integer("budget", budget), places)
 
 
 def _number(name: str, value: float) -> float:

@@ -1,7 +1,8 @@
 """What a draft expects to follow, and where a token stands in its order: the guesses of an outcome cache.
 
-A verification of K drafted tokens comes out as (accepted k, follow-up token t*). The draft guesses t* for each k from its
-own logits at that place. After k < K accepted tokens the (k + 1)-th drafted token was refused, and what replaces a refused
+A verification of K drafted tokens comes out as (accepted k, follow-up token t*). The draft guesses t* for each k from
+its own logits at that place. After k < K accepted tokens the (k + 1)-th drafted token was refused, and what replaces a
+refused
 token is another one: it is excluded. After a whole chain nothing is.
 
 Source: Kumar, Dao, May, "Speculative Speculative Decoding" (2026), section 4.1.
@@ -48,9 +49,10 @@ def predict_outcomes(logits: Any, count: Any, exclude: Any = None) -> Any:
     array = native("logits", logits)
     rows, _ = _rank("logits", array, ("B", "V"))
     counts = _per_row("count", count, rows, "int64")
-    if counts.size and counts.min() < 0:
+    if counts.min(initial=0) < 0:
         raise ArgumentError(f"count: expected integers >= 0, got {counts.min()}")
-    out, ids = like(logits, (rows, int(counts.max(initial=0))), "int32")
+    width = int(counts.max(initial=0)) if np.ndim(count) else int(count)
+    out, ids = like(logits, (rows, width), "int32")
     _core.speculation_predict(array, _excluded(exclude, rows), counts, out)
     return ids
 

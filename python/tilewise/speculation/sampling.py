@@ -1,7 +1,7 @@
 """Laws, draws, and the exact verification of drafted chains: one round at a time, all rows of a batch at once.
 
-The random numbers (`seed`, `requests`, `positions`) are those that :mod:`tilewise.speculation` explains. Per-row settings
-(`temperature`, `top_k`, `top_p`, `positions`) are numbers, for all rows, or ``[B]`` arrays.
+The random numbers (`seed`, `requests`, `positions`) are those that :mod:`tilewise.speculation` explains. Per-row
+settings (`temperature`, `top_k`, `top_p`, `positions`) are numbers, for all rows, or ``[B]`` arrays.
 """
 
 from __future__ import annotations
@@ -223,18 +223,18 @@ def draft_token(
     """One drafted token per row, with the law it was drawn from, to the last bit.
 
     The law is what is left of the logits after temperature, top-k and top-p, then reweighed (`saguaro`), then cut
-    (`support`), then rounded to `laws_dtype`; only then is the token drawn. So whatever was done to it, the returned law
-    is the one that the token has, and :func:`verify` stays exact. (It stays so only with this law: one that is rounded
-    later, say to bfloat16 on the way to another process, is not what was sampled.)
+    (`support`), then rounded to `laws_dtype`; only then is the token drawn. So whatever was done to it, the returned
+    law is the one that the token has, and :func:`verify` stays exact. (It stays so only with this law: one that is
+    rounded later, say to bfloat16 on the way to another process, is not what was sampled.)
 
     Args:
         logits: ``[B, V]`` of the draft model.
         temperature, top_k, top_p: as in :func:`process`; they need not be the target's.
         seed, requests, positions: the random numbers (see the module).
         laws_dtype: ``"float64"``, or ``"float32"`` for half the memory.
-        saguaro: a number in [0, 1], or ``[B]``: the `fan_out` most probable tokens (ties: lower ids) are drawn with this
-            times their weight, so that corrections fall on them, where an outcome cache expects them. 1: no change. Rows
-            at temperature 0 are left alone, and so are laws of which nothing would be left.
+        saguaro: a number in [0, 1], or ``[B]``: the `fan_out` most probable tokens (ties: lower ids) are drawn with
+            this times their weight, so that corrections fall on them, where an outcome cache expects them. 1: no
+            change. Rows at temperature 0 are left alone, and so are laws of which nothing would be left.
         fan_out: how many tokens `saguaro` applies to, a number or ``[B]``.
         support: keep the `support` most probable tokens (ties: lower ids) and return :class:`SparseLaws`. None: all.
 
@@ -277,9 +277,7 @@ def draft_token(
         ids_out, ids = like(logits, shape, "int32")
         laws_out, probabilities = like(logits, shape, laws_dtype)
         laws = SparseLaws(ids, probabilities)
-    _core.speculation_sample_logits(
-        array, *rules, _seed(seed), *streams, "draft", out, laws_out, ids_out, *reweighing
-    )
+    _core.speculation_sample_logits(array, *rules, _seed(seed), *streams, "draft", out, laws_out, ids_out, *reweighing)
     return Drafted(tokens, laws)
 
 
@@ -408,8 +406,8 @@ def token_probabilities(
     """The target's probability of every drafted token: what :func:`accept` needs to know of the target's laws.
 
     Args:
-        draft_tokens, logits, temperature, top_k, top_p, draft_lengths: as in :func:`verify`. (The last row of logits, for
-            the token after a whole chain, is not looked at.)
+        draft_tokens, logits, temperature, top_k, top_p, draft_lengths: as in :func:`verify`. (The last row of logits,
+            for the token after a whole chain, is not looked at.)
 
     Returns:
         float64 ``[B, K]``, of the kind of `logits`; 0 beyond a row's length.
@@ -441,15 +439,16 @@ def accept(
 ) -> Any:
     """The first step of a round in two: how many drafted tokens are kept, from two numbers for each of them.
 
-    With :func:`correct` it does what :func:`verify` does, with the same random numbers; but no law needs to be where the
-    other is, except at the one place where a token is refused.
+    With :func:`correct` it does what :func:`verify` does, with the same random numbers; but no law needs to be where
+    the other is, except at the one place where a token is refused.
 
     Args:
-        draft_probabilities: ``[B, K]``, float32 or float64: q of each drafted token, in the law it was drawn from; 1 for
-            drafts that are no random draws (n-grams).
+        draft_probabilities: ``[B, K]``, float32 or float64: q of each drafted token, in the law it was drawn from; 1
+            for drafts that are no random draws (n-grams).
         target_probabilities: ``[B, K]``, float32 or float64: p of each drafted token (:func:`token_probabilities`).
         draft_lengths: ``[B]``, how many of a row's K tokens are drafted; what lies beyond is not read. None: all.
-        seed, requests, positions: the random numbers (see the module); `positions` are those of the first drafted token.
+        seed, requests, positions: the random numbers (see the module); `positions` are those of the first drafted
+            token.
 
     Returns:
         int32 ``[B]``, of the kind of `target_probabilities`.

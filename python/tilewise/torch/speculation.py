@@ -2,6 +2,10 @@
 
 Drawing a token is not differentiable: the functions that return tokens detach their inputs, those that return laws
 refuse inputs that require a gradient.
+
+`accept`, `correct`, `predict_outcomes`, `token_probabilities` and `token_rank` are the functions of
+:mod:`tilewise.speculation` themselves, which take and return tensors. They, and calls with :class:`SparseLaws` or with
+`saguaro` or `support`, are no custom operators: `torch.compile` runs them outside its graphs.
 """
 
 from __future__ import annotations
@@ -11,19 +15,35 @@ from typing import Any, Literal
 import torch
 
 from tilewise import speculation
-from tilewise.speculation import sampling
 from tilewise.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError
-from tilewise.speculation import Drafted, Verification, VerificationLaw
+from tilewise.speculation import (
+    Drafted,
+    SparseLaws,
+    Verification,
+    VerificationLaw,
+    accept,
+    correct,
+    predict_outcomes,
+    sampling,
+    token_probabilities,
+    token_rank,
+)
 from tilewise.torch._library import define, refuse_device
 
 __all__ = [
     "Drafted",
+    "SparseLaws",
     "Verification",
     "VerificationLaw",
+    "accept",
+    "correct",
     "draft_token",
+    "predict_outcomes",
     "process",
     "sample",
     "sample_target",
+    "token_probabilities",
+    "token_rank",
     "verification_law",
     "verify",
 ]
@@ -250,6 +270,9 @@ def draft_token(
     requests: Any,
     positions: Any,
     laws_dtype: Literal["float64", "float32"] = "float64",
+    saguaro: Any = 1.0,
+    fan_out: Any = 0,
+    support: int | None = None,
 ) -> Drafted:
     """One drafted token per row with the law it was drawn from; as :func:`tilewise.speculation.draft_token`.
 
@@ -261,6 +284,10 @@ def draft_token(
     """
     refuse_device(logits=logits)
     _rank("logits", logits, 2, "[B, V]")
+    if support is not None or not (isinstance(saguaro, (int, float)) and saguaro == 1.0):
+        rules = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "laws_dtype": laws_dtype}
+        streams = {"seed": seed, "requests": requests, "positions": positions}
+        return speculation.draft_token(logits, **rules, **streams, saguaro=saguaro, fan_out=fan_out, support=support)
     if laws_dtype not in _LAWS:
         raise ArgumentError(f"laws_dtype: expected 'float64' or 'float32', got {laws_dtype!r}")
     rules, streams = _rules(temperature, top_k, top_p, logits.shape[0]), _streams(requests, positions, logits.shape[0])
@@ -269,7 +296,7 @@ def draft_token(
 
 def verify(
     draft_tokens: torch.Tensor,
-    draft_laws: torch.Tensor | None,
+    draft_laws: torch.Tensor | SparseLaws | None,
     logits: torch.Tensor,
     *,
     temperature: Any = 1.0,
@@ -290,6 +317,11 @@ def verify(
         >>> verify(torch.tensor([[1]]), None, logits, temperature=0.0, seed=0, requests=0, positions=4)
         Verification(accepted=tensor([1], dtype=torch.int32), tokens=tensor([0]))
     """
+    if isinstance(draft_laws, SparseLaws):
+        return speculation.verify(
+            draft_tokens, draft_laws, logits, temperature=temperature, top_k=top_k, top_p=top_p,
+            draft_lengths=draft_lengths, seed=seed, requests=requests, positions=positions, strict=strict,
+        )  # fmt: skip
     refuse_device(draft_tokens=draft_tokens, draft_laws=draft_laws, logits=logits)
     rows = _chains(draft_tokens, logits)
     return Verification(
@@ -308,7 +340,7 @@ def verify(
 
 def verification_law(
     draft_tokens: torch.Tensor,
-    draft_laws: torch.Tensor | None,
+    draft_laws: torch.Tensor | SparseLaws | None,
     logits: torch.Tensor,
     *,
     temperature: Any = 1.0,
@@ -328,6 +360,12 @@ def verification_law(
         >>> verification_law(torch.tensor([[0]]), None, torch.zeros(1, 2, 4)).acceptance
         tensor([[0.2500]], dtype=torch.float64)
     """
+    if isinstance(draft_laws, SparseLaws):
+        _refuse_gradient("verification_law", logits, draft_laws.probabilities)
+        return speculation.verification_law(
+            draft_tokens, draft_laws, logits, temperature=temperature, top_k=top_k, top_p=top_p,
+            draft_lengths=draft_lengths, strict=strict,
+        )  # fmt: skip
     refuse_device(draft_tokens=draft_tokens, draft_laws=draft_laws, logits=logits)
     _refuse_gradient("verification_law", logits, draft_laws)
     rows = _chains(draft_tokens, logits)
