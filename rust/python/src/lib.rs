@@ -17,6 +17,8 @@ mod gemm;
 mod moe;
 mod scheduler;
 mod speculation;
+mod speculation_cache;
+mod speculation_drafts;
 
 use pyo3::prelude::*;
 
@@ -31,5 +33,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     moe::register(module)?;
     scheduler::register(module)?;
     speculation::register(module)?;
+    speculation_cache::register(module)?;
+    speculation_drafts::register(module)?;
     Ok(())
 }

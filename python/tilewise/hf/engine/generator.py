@@ -33,10 +33,7 @@ from tilewise.hf.generate import as_prompt, as_rows, check_model, computing, mod
 from tilewise.hf.runners import Runner, runners
 from tilewise.hf.tokenizers import Tokenizer
 from tilewise.scheduler import Rounds
-try:
-    from tilewise.speculation import MixtureDraft, NGramDraft, SuffixDraft
-except ImportError:
-    MixtureDraft = None
+from tilewise.speculation import MixtureDraft, NGramDraft, SuffixDraft
 
 __all__ = ["SpeculativeGenerator"]
 
@@ -286,7 +283,7 @@ class SpeculativeGenerator:
             if wanted == 0:
                 each.result.reason = "limit"
                 continue
-            if self._lookup and MixtureDraft:
+            if self._lookup:
                 each.lookup = MixtureDraft([NGramDraft(), SuffixDraft()])
                 each.lookup.extend(each.prompt)
             self._requests[each.stream] = each

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from tilewise import speculation
 from tilewise.errors import ArgumentError
-from tilewise._coupled import Races
-SparseLaws = None
+from tilewise.speculation import Races, SparseLaws
 
 __all__ = ["Coupled", "Proposal", "Rejection", "Rule", "Settings", "rule_of"]
 

@@ -5,13 +5,14 @@ use super::{Level, level};
 use crate::dtype::Float;
 use half::{bf16, f16};
 
-pub(crate) use laws::BLOCK;
+pub(crate) use laws::{BLOCK, ROUGH};
 
 /// Kernels on rows of one floating-point type.
 pub struct Laws<T> {
     largest: unsafe fn(&[T]) -> (f64, bool),
-    exponentials: unsafe fn(&[T], f64, f64, &mut [f64]),
+    weigh: unsafe fn(&[T], f64, f64, &mut [f64]) -> f64,
     mass: unsafe fn(&[T], f64, f64) -> f64,
+    rough_mass: Option<unsafe fn(&[T], f32, f32) -> f64>,
     total: unsafe fn(&[T]) -> f64,
     block_sums: unsafe fn(&[T], &mut [f64]) -> bool,
     subtract: unsafe fn(&mut [f64], &[T], f64),
@@ -25,17 +26,27 @@ impl<T> Laws<T> {
         unsafe { (self.largest)(row) }
     }
 
-    /// `out[i] = e^((row[i] - top) / temperature)`; no element may be NaN or above `top`, which is finite.
-    pub fn exponentials(&self, row: &[T], top: f64, temperature: f64, out: &mut [f64]) {
+    /// `out[i] = e^((row[i] - top) / temperature)`, and their sum in the order of [`crate::speculation::law::total`]; no
+    /// element may be NaN or above `top`, which is finite.
+    pub fn weigh(&self, row: &[T], top: f64, temperature: f64, out: &mut [f64]) -> f64 {
         assert_eq!(row.len(), out.len());
         // SAFETY: as above.
-        unsafe { (self.exponentials)(row, top, temperature, out) }
+        unsafe { (self.weigh)(row, top, temperature, out) }
     }
 
-    /// The sum of [`Laws::exponentials`], in the order of [`crate::speculation::law::total`].
+    /// The sum alone, without a place for the terms.
     pub fn mass(&self, row: &[T], top: f64, temperature: f64) -> f64 {
         // SAFETY: as above.
         unsafe { (self.mass)(row, top, temperature) }
+    }
+
+    /// The sum of that [`Laws::weigh`] returns, within a relative `ROUGH` / 2, in a fraction of the time; `None` for types that
+    /// single precision does not hold, and where `top` or `temperature` are too large or small for it.
+    pub fn rough_mass(&self, row: &[T], top: f64, temperature: f64) -> Option<f64> {
+        let scale = std::f64::consts::LOG2_E / temperature;
+        let inside = (1e-20..1e20).contains(&scale) && top.abs() < 1e15;
+        // SAFETY: as above.
+        self.rough_mass.filter(|_| inside).map(|sum| unsafe { sum(row, top as f32, scale as f32) })
     }
 
     /// The sum of weights; see [`crate::speculation::law::total`].
@@ -80,12 +91,16 @@ macro_rules! instances {
                 laws::largest(row)
             }
             $(#[$gate])*
-            unsafe fn exponentials<T: Float>(row: &[T], top: f64, temperature: f64, out: &mut [f64]) {
-                laws::exponentials(row, top, temperature, out);
+            unsafe fn weigh<T: Float>(row: &[T], top: f64, temperature: f64, out: &mut [f64]) -> f64 {
+                laws::weigh(row, top, temperature, out)
             }
             $(#[$gate])*
             unsafe fn mass<T: Float>(row: &[T], top: f64, temperature: f64) -> f64 {
                 laws::mass(row, top, temperature)
+            }
+            $(#[$gate])*
+            unsafe fn rough_mass<T: Float<Acc = f32>>(row: &[T], top: f32, scale: f32) -> f64 {
+                laws::rough_mass(row, top, scale)
             }
             $(#[$gate])*
             unsafe fn total<T: Float>(weights: &[T]) -> f64 {
@@ -103,17 +118,20 @@ macro_rules! instances {
             unsafe fn position<T: Float>(row: &[T], value: f64) -> Option<usize> {
                 laws::position(row, value)
             }
-            pub struct Tables<T>(std::marker::PhantomData<T>);
-            impl<T: Float> Tables<T> {
-                pub const TABLE: Laws<T> = Laws {
+            pub const fn table<T: Float>() -> Laws<T> {
+                Laws {
                     largest: largest::<T>,
-                    exponentials: exponentials::<T>,
+                    weigh: weigh::<T>,
                     mass: mass::<T>,
+                    rough_mass: None,
                     total: total::<T>,
                     block_sums: block_sums::<T>,
                     subtract: subtract::<T>,
                     position: position::<T>,
-                };
+                }
+            }
+            pub const fn single<T: Float<Acc = f32>>() -> Laws<T> {
+                Laws { rough_mass: Some(rough_mass::<T>), ..table::<T>() }
             }
         }
     };
@@ -126,22 +144,22 @@ instances!(avx2, #[target_feature(enable = "avx2,fma,f16c")]);
 instances!(avx512, #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]);
 
 macro_rules! lawful {
-    ($($t:ty),*) => { $(
+    ($($t:ty: $table:ident),*) => { $(
         impl Lawful for $t {
             fn laws() -> &'static Laws<$t> {
                 match level() {
                     #[cfg(target_arch = "x86_64")]
-                    Level::Avx2 => &const { avx2::Tables::<$t>::TABLE },
+                    Level::Avx2 => &const { avx2::$table::<$t>() },
                     #[cfg(target_arch = "x86_64")]
-                    Level::Avx512 | Level::Avx512Bf16 => &const { avx512::Tables::<$t>::TABLE },
+                    Level::Avx512 | Level::Avx512Bf16 => &const { avx512::$table::<$t>() },
                     // NEON is part of its machines' baseline: the portable loops have it already.
-                    _ => &const { portable::Tables::<$t>::TABLE },
+                    _ => &const { portable::$table::<$t>() },
                 }
             }
         }
     )* };
 }
-lawful!(f32, f64, f16, bf16);
+lawful!(f32: single, f64: table, f16: single, bf16: single);
 
 #[cfg(test)]
 mod tests {
@@ -164,9 +182,13 @@ mod tests {
             for temperature in [1.0, 0.7, 3.1] {
                 let wanted: Vec<f64> = wide.iter().map(|x| exponential((x - top) / temperature)).collect();
                 let mut found = vec![f64::NAN; row.len()];
-                laws.exponentials(row, top, temperature, &mut found);
+                let sum = laws.weigh(row, top, temperature, &mut found);
+                assert_eq!(sum.to_bits(), total(&wanted).to_bits());
                 assert!(found.iter().zip(&wanted).all(|(a, b)| a.to_bits() == b.to_bits()));
                 assert_eq!(laws.mass(row, top, temperature).to_bits(), total(&wanted).to_bits());
+                if let Some(rough) = laws.rough_mass(row, top, temperature).filter(|_| !row.is_empty()) {
+                    assert!((rough / total(&wanted) - 1.0).abs() < ROUGH / 4.0, "{rough} for {}", total(&wanted));
+                }
                 let mut sums = vec![f64::NAN; row.len().div_ceil(BLOCK)];
                 assert!(f64::laws().block_sums(&wanted, &mut sums));
                 assert_eq!(sums.iter().fold(0.0, |a, b| a + b).to_bits(), total(&wanted).to_bits());
@@ -186,6 +208,25 @@ mod tests {
             compare(&row.iter().map(|&x| bf16::from_f64(x)).collect::<Vec<_>>());
             compare(&row.iter().map(|&x| f16::from_f64(x)).collect::<Vec<_>>());
         }
+    }
+
+    /// Where terms are far below the largest, and there are many of them.
+    #[test]
+    fn the_rough_sum_is_near_the_exact_one() {
+        at_every_level(|_| {
+            for (spread, temperature) in [(0.0, 1.0), (9.0, 0.7), (60.0, 0.9), (87.0, 1.0), (400.0, 0.3), (0.01, 1e-4)]
+            {
+                let row: Vec<f32> = (0..131_072)
+                    .map(|i| (f64::from((i * 7919) % 131_071) / 131_071.0 * -spread) as f32 + 0.3)
+                    .collect();
+                let top = f64::from(f32::laws().largest(&row).0 as f32);
+                let (exact, rough) =
+                    (f32::laws().mass(&row, top, temperature), f32::laws().rough_mass(&row, top, temperature).unwrap());
+                assert!((rough / exact - 1.0).abs() < ROUGH / 4.0, "{spread} {temperature}: {rough} {exact}");
+            }
+            assert!(f64::laws().rough_mass(&[0.0], 0.0, 1.0).is_none());
+            assert!(f32::laws().rough_mass(&[0.0], 0.0, 1e-30).is_none());
+        });
     }
 
     #[test]

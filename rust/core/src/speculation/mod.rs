@@ -9,11 +9,12 @@
 //! * `select`: the k largest, and the nucleus, without sorting the vocabulary;
 //! * [`sample`]: one token a row, batched, and the record of its law;
 //! * [`mod@verify`]: chains: acceptance probabilities, residual laws, and the run that uses them;
-//! * [`coupled`]: the other exact rule: target and draft race over the same numbers, and equal tokens are kept.
 //! * [`scalars`]: the same in two steps, for which few numbers cross from one process to another;
 //! * `sparse`: laws as short lists of tokens; [`law`]: sums and draws; [`saguaro`]: reweighed drafts;
 //! * [`outcomes`]: what a draft expects to follow, and where a token stands in that order;
+//! * [`coupled`]: the other exact rule: target and draft race over the same numbers, and equal tokens are kept;
 //! * [`cache`]: what was drafted ahead, by the outcome it was drafted for;
+//! * [`drafts`]: drafts that are no model: n-grams and suffixes of the text;
 //! * [`fanout`] and [`ranks`]: how many outcomes to guess at each place, and how well guesses hit, learnt online.
 //!
 //! Laws are non-negative weights with their total. Whoever draws from a law and whoever tests against it divide by
@@ -26,6 +27,7 @@
 //! same in every round, whatever the rounds are, and the output does not depend on the row a request has in a batch.
 
 pub mod cache;
+pub mod drafts;
 pub mod coupled;
 pub mod fanout;
 mod input;

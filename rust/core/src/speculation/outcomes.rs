@@ -5,7 +5,9 @@
 
 use super::input::{Results, fill, floating, integers, logit, shaped, widen};
 use super::process::SERIAL;
-use super::select::kth_largest;
+use super::select::{candidates, kth_largest, reach};
+use crate::arch::laws::Lawful;
+use crate::arch::ranking::Ranked;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::threads;
@@ -32,6 +34,35 @@ fn without_nan(z: &[f64], row: usize) -> Result<()> {
     }
 }
 
+#[derive(Default)]
+struct Scratch {
+    z: Vec<f64>,
+    buffer: Vec<f64>,
+    best: Vec<(f64, usize)>,
+    found: Vec<u32>,
+    singles: Vec<f32>,
+    doubles: Vec<f64>,
+}
+
+/// Puts a few tokens into `best`, among them the `count` + 1 first (one may be left out later); false: too many are
+/// wanted, or the row is not contiguous.
+fn list<T: Lawful + Ranked>(
+    row: Option<&[T]>,
+    index: usize,
+    count: usize,
+    found: &mut Vec<u32>,
+    tops: &mut Vec<T>,
+    best: &mut Vec<(f64, usize)>,
+) -> Result<bool> {
+    let Some(row) = row.filter(|row| count > 0 && count < reach::<T>().min(row.len())) else { return Ok(false) };
+    if !T::laws().largest(row).1 {
+        without_nan(&row.iter().map(|value| value.f64()).collect::<Vec<_>>(), index)?;
+    }
+    let passed = candidates(row, count + 1, found, tops);
+    best.extend(found[..passed].iter().map(|token| (row[*token as usize].f64() + 0.0, *token as usize)));
+    Ok(true)
+}
+
 /// The `counts[b]` first tokens of each row of `logits [B, V]`, without `exclude[b]` (-1: none), into the rows of
 /// `ids [B, W]` (int32); -1 in what is left of a row. Masked tokens (-inf) are never among them.
 ///
@@ -55,25 +86,35 @@ pub fn predict(logits: &Array<'_>, exclude: Option<&Array<'_>>, counts: &Array<'
     }
     let ids = ids.rows::<i32>();
     let results = Results::new(rows);
-    type Scratch = (Vec<f64>, Vec<f64>, Vec<(f64, usize)>);
-    threads::for_each(rows, logits.len() < SERIAL, Scratch::default, |row, (z, buffer, best)| {
+    threads::for_each(rows, logits.len() < SERIAL, Scratch::default, |row, scratch| {
         let mut work = || {
             let out = ids.take(row);
             out.fill(-1);
             let count = usize::try_from(counts[row]).ok().filter(|count| *count <= width).ok_or_else(|| {
                 Error::value(&format!("counts[{row}]"), format!("an integer in [0, W = {width}]"), counts[row])
             })?;
-            widen(logits, &[row], z);
-            without_nan(z, row)?;
-            if let Some(token) = exclude[row] {
-                z[token] = f64::NEG_INFINITY;
-            }
-            if count == 0 || z.is_empty() {
-                return Ok(());
-            }
-            let bar = kth_largest(z, count.min(z.len()), buffer).max(f64::MIN);
+            let Scratch { z, buffer, best, found, singles, doubles } = scratch;
             best.clear();
-            best.extend(z.iter().enumerate().filter(|(_, value)| **value >= bar).map(|(token, value)| (*value, token)));
+            let listed = match logits.dtype() {
+                Dtype::F32 => list(logits.vector::<f32>(&[row]).row(0), row, count, found, singles, best)?,
+                Dtype::F64 => list(logits.vector::<f64>(&[row]).row(0), row, count, found, doubles, best)?,
+                _ => false,
+            };
+            if listed {
+                best.retain(|(value, token)| *value > f64::NEG_INFINITY && Some(*token) != exclude[row]);
+            } else {
+                widen(logits, &[row], z);
+                without_nan(z, row)?;
+                if let Some(token) = exclude[row] {
+                    z[token] = f64::NEG_INFINITY;
+                }
+                if count == 0 || z.is_empty() {
+                    return Ok(());
+                }
+                let bar = kth_largest(z, count.min(z.len()), buffer).max(f64::MIN);
+                let reached = z.iter().enumerate().filter(|(_, value)| **value >= bar);
+                best.extend(reached.map(|(token, value)| (*value, token)));
+            }
             best.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
             for (slot, (_, token)) in out.iter_mut().zip(best.iter().take(count)) {
                 *slot = *token as i32;

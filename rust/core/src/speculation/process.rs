@@ -14,8 +14,9 @@
 use super::input::{Results, floating, shaped, widen};
 use super::law::{Law, total};
 use super::saguaro::Saguaro;
-use super::select::{kth_largest, nucleus};
-use crate::arch::laws::{Lawful, Laws};
+use super::select::{candidates, kth_largest, nucleus, reach};
+use crate::arch::laws::{Lawful, Laws, ROUGH};
+use crate::arch::ranking::Ranked;
 use crate::dtype::{Dtype, Real};
 use crate::error::{Error, Result};
 use crate::exponential::exponential;
@@ -123,9 +124,11 @@ impl Law {
     }
 
     /// Becomes the law of a row of logits at a positive temperature. `z` holds the logits, `top` is their largest; `z` is
-    /// used up.
-    fn set(&mut self, z: &mut Vec<f64>, mut top: f64, sampling: Sampling, spare: &mut Spare) {
-        self.ids.clear();
+    /// used up. Where they are `listed`, `z` holds those of `self.ids` alone, and top-k leaves no others.
+    fn set(&mut self, z: &mut Vec<f64>, mut top: f64, sampling: Sampling, listed: bool, spare: &mut Spare) {
+        if !listed {
+            self.ids.clear();
+        }
         self.weights.clear();
         if top == f64::INFINITY {
             // The limit of growing logits: those at +inf share everything.
@@ -134,19 +137,26 @@ impl Law {
             }
             top = 0.0;
         }
-        self.dense = true;
+        self.dense = !listed;
         if sampling.top_k > 0 && sampling.top_k < z.len() {
             let bar = kth_largest(z, sampling.top_k, &mut spare.buffer).max(f64::MIN);
-            self.ids.extend(z.iter().enumerate().filter(|&(_, &value)| value >= bar).map(|(token, _)| token));
-            for (slot, &token) in self.ids.iter().enumerate() {
-                z[slot] = z[token]; // ids ascend, so a slot is never ahead of its token
+            if self.dense {
+                self.ids.extend(0..z.len());
+                self.dense = false;
             }
-            z.truncate(self.ids.len());
-            self.dense = false;
+            let mut kept = 0;
+            for index in 0..z.len() {
+                if z[index] >= bar {
+                    self.ids[kept] = self.ids[index];
+                    z[kept] = z[index];
+                    kept += 1;
+                }
+            }
+            self.ids.truncate(kept);
+            z.truncate(kept);
         }
         self.weights.resize(z.len(), 0.0);
-        f64::laws().exponentials(z, top, sampling.temperature, &mut self.weights);
-        self.total = total(&self.weights);
+        self.total = f64::laws().weigh(z, top, sampling.temperature, &mut self.weights);
         if sampling.top_p < 1.0 {
             let (bar, last) = nucleus(z, &self.weights, self.total, sampling.top_p, &mut spare.order);
             if self.dense {
@@ -172,6 +182,9 @@ impl Law {
 struct Spare {
     buffer: Vec<f64>,
     order: Vec<usize>,
+    found: Vec<u32>,
+    singles: Vec<f32>,
+    doubles: Vec<f64>,
 }
 
 /// What one thread needs to turn rows of logits into laws.
@@ -186,13 +199,17 @@ pub struct Processor {
 pub(super) struct Softmax {
     top: f64,
     temperature: f64,
+    /// The sum of the weights, within the relative error `within`.
     total: f64,
+    within: f64,
 }
 
 impl Softmax {
-    /// The probability of a token with this logit; the bits of [`Law::probability`].
-    pub(super) fn probability(self, logit: f64) -> f64 {
-        exponential((logit - self.top) / self.temperature) / self.total
+    /// Bounds of the probability of a token with this logit; equal, and the bits of [`Law::probability`], where the total
+    /// is exact.
+    pub(super) fn probability(self, logit: f64) -> (f64, f64) {
+        let share = exponential((logit - self.top) / self.temperature) / self.total;
+        (share * (1.0 - self.within), share * (1.0 + self.within))
     }
 }
 
@@ -211,40 +228,84 @@ impl Processor {
                 law.ids.clear();
                 law.dense = true;
                 law.weights.resize(row.len(), 0.0);
-                laws_of(row).exponentials(row, top, sampling.temperature, &mut law.weights);
-                law.total = total(&law.weights);
+                law.total = laws_of(row).weigh(row, top, sampling.temperature, &mut law.weights);
                 true
             } else {
                 false
             }
         });
-        if plain != Some(true) {
+        if plain != Some(true) && !self.short_list(logits, at, sampling, law) {
             widen(logits, at, &mut self.z);
             let top = checked_top(&self.z, at)?;
             if sampling.temperature == 0.0 {
                 law.set_point(f64::laws().position(&self.z, top).unwrap_or_default());
             } else {
-                law.set(&mut self.z, top, sampling, &mut self.spare);
+                law.set(&mut self.z, top, sampling, false, &mut self.spare);
             }
         }
         Ok(())
     }
 
-    /// The law of a row in short, where it has a short form; `None`: ask [`Processor::law`].
+    /// [`Processor::law`] where top-k leaves few tokens of a row that was checked: the others are not even widened. False:
+    /// this is another case.
+    fn short_list(&mut self, logits: &Array<'_>, at: &[usize], sampling: Sampling, law: &mut Law) -> bool {
+        fn list<T: Lawful + Ranked>(
+            row: Option<&[T]>,
+            sampling: Sampling,
+            tops: &mut Vec<T>,
+            found: &mut Vec<u32>,
+            z: &mut Vec<f64>,
+            law: &mut Law,
+        ) -> Option<f64> {
+            let row = row.filter(|row| (1..row.len().min(reach::<T>() + 1)).contains(&sampling.top_k))?;
+            let count = candidates(row, sampling.top_k, found, tops);
+            law.ids.clear();
+            law.ids.extend(found[..count].iter().map(|token| *token as usize));
+            z.clear();
+            z.extend(law.ids.iter().map(|token| row[*token].widen().f64() + 0.0));
+            Some(z.iter().copied().fold(f64::NEG_INFINITY, f64::max))
+        }
+        if sampling.temperature == 0.0 || sampling.top_k == 0 {
+            return false;
+        }
+        let Spare { singles, doubles, found, .. } = &mut self.spare;
+        let top = match logits.dtype() {
+            Dtype::F32 => list::<f32>(logits.vector(at).row(0), sampling, singles, found, &mut self.z, law),
+            Dtype::F64 => list::<f64>(logits.vector(at).row(0), sampling, doubles, found, &mut self.z, law),
+            _ => None,
+        };
+        let Some(top) = top else { return false };
+        law.set(&mut self.z, top, sampling, true, &mut self.spare);
+        true
+    }
+
+    /// The law of a row in short, where it has a short form (`None`: ask [`Processor::law`]); its total may be `rough`.
     ///
     /// # Errors
     /// As [`Processor::law`].
-    pub(super) fn softmax(&self, logits: &Array<'_>, at: &[usize], sampling: Sampling) -> Result<Option<Softmax>> {
+    pub(super) fn softmax(
+        &self,
+        logits: &Array<'_>,
+        at: &[usize],
+        sampling: Sampling,
+        rough: bool,
+    ) -> Result<Option<Softmax>> {
         if !sampling.is_plain() || sampling.temperature == 0.0 {
             return Ok(None);
         }
         let temperature = sampling.temperature;
         let found = on_row!(logits, at, |row| {
             let top = checked_top(row, at)?;
-            let total = || laws_of(row).mass(row, top, temperature);
-            (top < f64::INFINITY).then(|| Softmax { top, temperature, total: total() })
+            let laws = laws_of(row);
+            let quick = if rough { laws.rough_mass(row, top, temperature) } else { None };
+            let (total, within) = match quick {
+                _ if top == f64::INFINITY => return Ok(None),
+                Some(total) => (total, ROUGH),
+                None => (laws.mass(row, top, temperature), 0.0),
+            };
+            Softmax { top, temperature, total, within }
         });
-        Ok(found.flatten())
+        Ok(found)
     }
 
     /// `law`, reweighed and cut to the `support` most probable tokens (0: all), as a draft draws from it.

@@ -110,26 +110,32 @@ impl<'a> Proposals<'a> {
 
 /// `out` becomes the law of the token that replaces a refused one: max(p - q, 0), renormalised. Without any mass (p equals
 /// q to rounding, so a refusal was itself a rounding accident) it becomes p.
-///
-/// Both laws are weights and totals; the subtraction happens on p's scale, p.total * (p - q), so nothing is divided.
 pub fn residual(p: &Law, q: &Proposal<'_>, out: &mut Law) {
     p.copy_to(out);
-    match &q.kind {
-        Kind::Point => out.take_off(q.token, p.total),
-        Kind::List(list) => {
-            let scale = p.total / list.total();
-            list.iter().for_each(|(token, weight)| out.take_off(token, weight * scale));
-        }
-        Kind::Row(row, total) => row.take_from(out, p.total / total),
-    }
-    // By definition; rounding of the scale must not leave a crumb to a token that can be refused.
-    if p.probability(q.token) < q.probability(q.token) {
-        out.take_off(q.token, p.total);
-    }
-    out.total = total(&out.weights);
-    if out.total <= 0.0 {
+    if !lessen(out, q) {
         p.copy_to(out);
     }
+}
+
+/// Makes the residual of p in place; false: nothing is left.
+///
+/// Both laws are weights and totals; the subtraction happens on p's scale, p.total * (p - q), so nothing is divided.
+fn lessen(law: &mut Law, q: &Proposal<'_>) -> bool {
+    let (all, own) = (law.total, law.probability(q.token));
+    match &q.kind {
+        Kind::Point => law.take_off(q.token, all),
+        Kind::List(list) => {
+            let scale = all / list.total();
+            list.iter().for_each(|(token, weight)| law.take_off(token, weight * scale));
+        }
+        Kind::Row(row, total) => row.take_from(law, all / total),
+    }
+    // By definition; rounding of the scale must not leave a crumb to a token that can be refused.
+    if own < q.probability(q.token) {
+        law.take_off(q.token, all);
+    }
+    law.total = total(&law.weights);
+    law.total > 0.0
 }
 
 /// A checked batch of drafted chains.
@@ -263,15 +269,34 @@ impl<'a> Chain<'_, 'a> {
     /// # Errors
     /// Bad values at position i.
     pub fn probability(&self, i: usize, scratch: &mut Scratch) -> Result<f64> {
+        Ok(self.bounds(i, scratch, false)?.0)
+    }
+
+    /// Bounds of that probability, equal unless `rough`.
+    fn bounds(&self, i: usize, scratch: &mut Scratch, rough: bool) -> Result<(f64, f64)> {
         let (token, at) = (self.token(i)?, [self.row, i]);
         // A law cut by top-k or top-p is made; of a plain one the sum is enough.
         if scratch.at != Some((self.row, i))
-            && let Some(law) = scratch.processor.softmax(&self.batch.logits, &at, self.batch.rules[self.row])?
+            && let Some(law) = scratch.processor.softmax(&self.batch.logits, &at, self.batch.rules[self.row], rough)?
         {
             return Ok(law.probability(logit(&self.batch.logits, &[self.row, i, token])));
         }
         self.target(i, scratch)?;
-        Ok(scratch.target.probability(token))
+        let exact = scratch.target.probability(token);
+        Ok((exact, exact))
+    }
+
+    /// Whether drafted token i is accepted at a uniform number: `uniform < acceptance(i)`. A rough sum decides nearly
+    /// always; where it could be wrong, the exact one does, so the answer has nothing rough about it.
+    fn accepts(&self, i: usize, scratch: &mut Scratch, uniform: f64) -> Result<bool> {
+        let proposal = self.proposal(i)?;
+        let q = proposal.probability(proposal.token);
+        let (least, most) = self.bounds(i, scratch, true)?;
+        let (surely, perhaps) = (uniform < acceptance(least, q), uniform < acceptance(most, q));
+        if surely == perhaps {
+            return Ok(surely);
+        }
+        Ok(uniform < acceptance(self.probability(i, scratch)?, q))
     }
 
     fn target(&self, i: usize, scratch: &mut Scratch) -> Result<()> {
@@ -315,11 +340,22 @@ impl<'a> Chain<'_, 'a> {
     pub fn run(&self, scratch: &mut Scratch, uniform: impl Fn(usize, Purpose) -> f64) -> Result<(usize, usize)> {
         let length = self.length();
         let mut accepted = 0;
-        while accepted < length && uniform(accepted, Purpose::Accept) < self.acceptance(accepted, scratch)? {
+        while accepted < length && self.accepts(accepted, scratch, uniform(accepted, Purpose::Accept))? {
             accepted += 1;
         }
-        let purpose = if accepted < length { Purpose::Residual } else { Purpose::Target };
-        let token = self.correction(accepted, scratch)?.draw(uniform(accepted, purpose));
+        self.target(accepted, scratch)?;
+        let token = if accepted < length {
+            let proposal = self.proposal(accepted)?;
+            // In place: a law is a megabyte. What is left is no longer the target's.
+            scratch.at = None;
+            if !lessen(&mut scratch.target, &proposal) {
+                self.target(accepted, scratch)?;
+            }
+            scratch.at = None;
+            scratch.target.draw(uniform(accepted, Purpose::Residual))
+        } else {
+            scratch.target.draw(uniform(accepted, Purpose::Target))
+        };
         if self.batch.strict {
             for i in accepted + 1..=length {
                 scratch.processor.check(&self.batch.logits, &[self.row, i])?;

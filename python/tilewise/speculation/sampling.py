@@ -1,23 +1,7 @@
-"""Exact speculative sampling: drafted tokens are verified so that what leaves is distributed as plain sampling's.
+"""Laws, draws, and the exact verification of drafted chains: one round at a time, all rows of a batch at once.
 
-The target model's law at a position is p: its logits after temperature, top-k and top-p. A drafted token x came from
-a law q. It is kept with probability ``min(1, p(x) / q(x))``; after the first refusal one token is drawn from
-``max(p - q, 0)``, renormalised; after a chain without refusal one is drawn from the next p.
-
-Random numbers are not consumed from a generator. Each is a function of ``(seed, request, position, purpose)``:
-
-* ``seed``: one per run, in [0, 2^63);
-* ``requests``: ``[B]``, the name of each row's sequence, in [0, 2^32). Two rows of the same name draw the same numbers;
-* ``positions``: ``[B]``, the index in its sequence of the *next* token of each row (of the first drafted one in
-  :func:`verify`), counted from 0 at the start of the prompt or of the generation, as long as it is always the same.
-
-So a sequence's tokens depend neither on the row it has in a batch, nor on what else is in the batch. Pass the true
-position in every round: a position must never be decided twice for one seed and request.
-
-Per-row settings (`temperature`, `top_k`, `top_p`, `positions`) are numbers, for all rows, or ``[B]`` arrays.
-
-Source: Leviathan et al., "Fast inference from transformers via speculative decoding" (2023); Chen et al.,
-"Accelerating large language model decoding with speculative sampling" (2023).
+The random numbers (`seed`, `requests`, `positions`) are those that :mod:`tilewise.speculation` explains. Per-row
+settings (`temperature`, `top_k`, `top_p`, `positions`) are numbers, for all rows, or ``[B]`` arrays.
 """
 
 from __future__ import annotations
@@ -33,12 +17,16 @@ from tilewise.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 
 __all__ = [
     "Drafted",
+    "SparseLaws",
     "Verification",
     "VerificationLaw",
+    "accept",
+    "correct",
     "draft_token",
     "process",
     "sample",
     "sample_target",
+    "token_probabilities",
     "verification_law",
     "verify",
 ]
@@ -72,12 +60,33 @@ class VerificationLaw:
 
 
 @dataclass(frozen=True)
+class SparseLaws:
+    """Laws of a few tokens each, which is all that needs to cross from a draft to its target.
+
+    Attributes:
+        ids: ``[..., m]``, int32 or int64: ascending, without duplicates, -1 where a law has fewer than m tokens.
+        probabilities: ``[..., m]``, float32 or float64, 0 beside -1. Rows add up to 1 within 1e-4 and are divided by
+            their sum. All other tokens have probability 0.
+
+    Example:
+        >>> import numpy as np
+        >>> from tilewise.speculation import SparseLaws, verify
+        >>> laws = SparseLaws(np.array([[[0, 2]]]), np.array([[[0.25, 0.75]]]))
+        >>> verify(np.array([[2]]), laws, np.zeros((1, 2, 3)), seed=0, requests=0, positions=3).accepted
+        array([1], dtype=int32)
+    """
+
+    ids: Any
+    probabilities: Any
+
+
+@dataclass(frozen=True)
 class Drafted:
     """Drafted tokens and where they came from.
 
     Attributes:
         tokens: int64 ``[B]``.
-        laws: ``[B, V]``, exactly the law each token was drawn from.
+        laws: ``[B, V]``, or :class:`SparseLaws` ``[B, m]``: exactly the law each token was drawn from.
     """
 
     tokens: Any
@@ -207,22 +216,35 @@ def draft_token(
     requests: Any,
     positions: Any,
     laws_dtype: Literal["float64", "float32"] = "float64",
+    saguaro: Any = 1.0,
+    fan_out: Any = 0,
+    support: int | None = None,
 ) -> Drafted:
     """One drafted token per row, with the law it was drawn from, to the last bit.
 
-    In float32 the law is rounded first and the token drawn from the rounded law, so :func:`verify` stays exact.
+    The law is what is left of the logits after temperature, top-k and top-p, then reweighed (`saguaro`), then cut
+    (`support`), then rounded to `laws_dtype`; only then is the token drawn. So whatever was done to it, the returned
+    law is the one that the token has, and :func:`verify` stays exact. (It stays so only with this law: one that is
+    rounded later, say to bfloat16 on the way to another process, is not what was sampled.)
 
     Args:
         logits: ``[B, V]`` of the draft model.
         temperature, top_k, top_p: as in :func:`process`; they need not be the target's.
         seed, requests, positions: the random numbers (see the module).
         laws_dtype: ``"float64"``, or ``"float32"`` for half the memory.
+        saguaro: a number in [0, 1], or ``[B]``: the `fan_out` most probable tokens (ties: lower ids) are drawn with
+            this times their weight, so that corrections fall on them, where an outcome cache expects them. 1: no
+            change. Rows at temperature 0 are left alone, and so are laws of which nothing would be left.
+        fan_out: how many tokens `saguaro` applies to, a number or ``[B]``.
+        support: keep the `support` most probable tokens (ties: lower ids) and return :class:`SparseLaws`. None: all.
 
     Returns:
         :class:`Drafted`, of the kind of `logits`.
 
     Raises:
-        As :func:`process` and :func:`sample`.
+        As :func:`process` and :func:`sample`; ArgumentError: `saguaro` outside [0, 1], `support` below 1.
+
+    Source of `saguaro`: Kumar, Dao, May, "Speculative Speculative Decoding" (2026), Definition 14.
 
     Example:
         >>> import numpy as np
@@ -230,15 +252,32 @@ def draft_token(
         >>> drafted = draft_token(np.zeros((1, 4)), top_k=1, temperature=0.0, seed=0, requests=0, positions=3)
         >>> drafted.tokens, drafted.laws
         (array([0]), array([[1., 0., 0., 0.]]))
+        >>> logits = np.log([[0.5, 0.25, 0.125, 0.125]])
+        >>> draft_token(logits, saguaro=0.5, fan_out=1, seed=0, requests=0, positions=3).laws.round(3)
+        array([[0.333, 0.333, 0.167, 0.167]])
+        >>> draft_token(logits, support=2, seed=0, requests=0, positions=3).laws
+        SparseLaws(ids=array([[0, 1]], dtype=int32), probabilities=array([[0.66666667, 0.33333333]]))
     """
     if laws_dtype not in ("float64", "float32"):
         raise ArgumentError(f"laws_dtype: expected 'float64' or 'float32', got {laws_dtype!r}")
     array = native("logits", logits)
     rows, vocabulary = _rank("logits", array, ("B", "V"))
     out, tokens = like(logits, (rows,), "int64")
-    laws_out, laws = like(logits, (rows, vocabulary), laws_dtype)
     rules, streams = _rules(temperature, top_k, top_p, rows), _streams(requests, positions, rows)
-    _core.speculation_sample_logits(array, *rules, _seed(seed), *streams, "draft", out, laws_out)
+    reweighing = _per_row("saguaro", saguaro, rows, "float64"), _per_row("fan_out", fan_out, rows, "int64")
+    ids_out = None
+    if support is None:
+        laws_out, laws = like(logits, (rows, vocabulary), laws_dtype)
+    else:
+        if isinstance(support, bool) or not isinstance(support, (int, np.integer)):
+            raise DtypeError(f"support: expected an integer >= 1 or None, got {type(support).__name__}")
+        if support < 1:
+            raise ArgumentError(f"support: expected an integer >= 1, got {support}; None keeps all tokens")
+        shape = (rows, min(int(support), max(vocabulary, 1)))
+        ids_out, ids = like(logits, shape, "int32")
+        laws_out, probabilities = like(logits, shape, laws_dtype)
+        laws = SparseLaws(ids, probabilities)
+    _core.speculation_sample_logits(array, *rules, _seed(seed), *streams, "draft", out, laws_out, ids_out, *reweighing)
     return Drafted(tokens, laws)
 
 
@@ -263,8 +302,8 @@ def verify(
     Args:
         draft_tokens: ``[B, K]``, int32 or int64.
         draft_laws: ``[B, K, V]``, float32 or float64: the law each token was drawn from (:func:`draft_token`); rows add
-            up to 1 within 1e-4 and are divided by their sum. None: the drafts are no random draws but a function of the
-            prefix (n-grams, a greedy draft), that is, point masses.
+            up to 1 within 1e-4 and are divided by their sum. Or :class:`SparseLaws` ``[B, K, m]``. None: the drafts are
+            no random draws but a function of the prefix (n-grams, a greedy draft), that is, point masses.
         logits: ``[B, K + 1, V]`` of the target: ``logits[:, i]`` is for the place of ``draft_tokens[:, i]``.
         temperature, top_k, top_p: of the target, as in :func:`process`.
         draft_lengths: ``[B]``, how many of a row's K tokens are drafted; what lies beyond is not read. None: all.
@@ -288,13 +327,14 @@ def verify(
         Verification(accepted=array([1], dtype=int32), tokens=array([0]))
     """
     drafted, array, rows = _chains(draft_tokens, logits)
-    laws = None if draft_laws is None else native("draft_laws", draft_laws)
+    laws, ids = _laws(draft_laws)
     accepted_out, accepted = like(logits, (rows,), "int32")
     tokens_out, tokens = like(logits, (rows,), "int64")
     _core.speculation_verify(
         drafted,
         None if draft_lengths is None else _per_row("draft_lengths", draft_lengths, rows, "int64"),
         laws,
+        ids,
         array,
         *_rules(temperature, top_k, top_p, rows),
         bool(strict),
@@ -337,13 +377,14 @@ def verification_law(
                 [0.5, 0.5]]]))
     """
     drafted, array, rows = _chains(draft_tokens, logits)
-    laws = None if draft_laws is None else native("draft_laws", draft_laws)
+    laws, ids = _laws(draft_laws)
     acceptance_out, acceptance = like(logits, tuple(drafted.shape), "float64")
     corrections_out, corrections = like(logits, tuple(array.shape), "float64")
     _core.speculation_law(
         drafted,
         None if draft_lengths is None else _per_row("draft_lengths", draft_lengths, rows, "int64"),
         laws,
+        ids,
         array,
         *_rules(temperature, top_k, top_p, rows),
         bool(strict),
@@ -351,6 +392,155 @@ def verification_law(
         corrections_out,
     )
     return VerificationLaw(acceptance, corrections)
+
+
+def token_probabilities(
+    draft_tokens: Any,
+    logits: Any,
+    *,
+    temperature: Any = 1.0,
+    top_k: Any = 0,
+    top_p: Any = 1.0,
+    draft_lengths: Any = None,
+) -> Any:
+    """The target's probability of every drafted token: what :func:`accept` needs to know of the target's laws.
+
+    Args:
+        draft_tokens, logits, temperature, top_k, top_p, draft_lengths: as in :func:`verify`. (The last row of logits,
+            for the token after a whole chain, is not looked at.)
+
+    Returns:
+        float64 ``[B, K]``, of the kind of `logits`; 0 beyond a row's length.
+
+    Raises:
+        As :func:`verify`.
+
+    Example:
+        >>> import numpy as np
+        >>> from tilewise.speculation import token_probabilities
+        >>> token_probabilities(np.array([[1]]), np.log([[[0.25, 0.75], [0.5, 0.5]]]))
+        array([[0.75]])
+    """
+    drafted, array, rows = _chains(draft_tokens, logits)
+    out, result = like(logits, tuple(drafted.shape), "float64")
+    lengths = None if draft_lengths is None else _per_row("draft_lengths", draft_lengths, rows, "int64")
+    _core.speculation_token_probabilities(drafted, lengths, array, *_rules(temperature, top_k, top_p, rows), out)
+    return result
+
+
+def accept(
+    draft_probabilities: Any,
+    target_probabilities: Any,
+    *,
+    draft_lengths: Any = None,
+    seed: int,
+    requests: Any,
+    positions: Any,
+) -> Any:
+    """The first step of a round in two: how many drafted tokens are kept, from two numbers for each of them.
+
+    With :func:`correct` it does what :func:`verify` does, with the same random numbers; but no law needs to be where
+    the other is, except at the one place where a token is refused.
+
+    Args:
+        draft_probabilities: ``[B, K]``, float32 or float64: q of each drafted token, in the law it was drawn from; 1
+            for drafts that are no random draws (n-grams).
+        target_probabilities: ``[B, K]``, float32 or float64: p of each drafted token (:func:`token_probabilities`).
+        draft_lengths: ``[B]``, how many of a row's K tokens are drafted; what lies beyond is not read. None: all.
+        seed, requests, positions: the random numbers (see the module); `positions` are those of the first drafted
+            token.
+
+    Returns:
+        int32 ``[B]``, of the kind of `target_probabilities`.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: the message names the argument.
+        ArgumentError: numbers that are no probabilities; a drafted token of probability 0; lengths out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from tilewise.speculation import accept
+        >>> accept(np.array([[0.5, 0.5]]), np.array([[0.9, 0.0]]), seed=0, requests=0, positions=4)
+        array([1], dtype=int32)
+    """
+    draft = native("draft_probabilities", draft_probabilities)
+    target = native("target_probabilities", target_probabilities)
+    rows, _ = _rank("draft_probabilities", draft, ("B", "K"))
+    out, accepted = like(target_probabilities, (rows,), "int32")
+    lengths = None if draft_lengths is None else _per_row("draft_lengths", draft_lengths, rows, "int64")
+    _core.speculation_accept(draft, target, lengths, _seed(seed), *_streams(requests, positions, rows), out)
+    return accepted
+
+
+def correct(
+    accepted: Any,
+    refused: Any,
+    draft_laws: Any = None,
+    *,
+    probabilities: Any = None,
+    logits: Any = None,
+    temperature: Any = 1.0,
+    top_k: Any = 0,
+    top_p: Any = 1.0,
+    seed: int,
+    requests: Any,
+    positions: Any,
+) -> Any:
+    """The second step: the token that follows the accepted ones, from one law of each side.
+
+    Args:
+        accepted: ``[B]``, what :func:`accept` returned.
+        refused: ``[B]``, the drafted token at that place, which was refused; -1 where the whole chain was kept.
+        draft_laws: the law that the refused token was drawn from: ``[B, V]``, or :class:`SparseLaws` ``[B, m]``. None:
+            point masses. Rows without a refusal are not read.
+        probabilities: ``[B, V]``, float32 or float64: the target's law at that place; rows add up to 1 within 1e-4. Or
+        logits: ``[B, V]``, from which `temperature`, `top_k` and `top_p` make it (see :func:`process`).
+        seed, requests, positions: the same as for :func:`accept`.
+
+    Returns:
+        int64 ``[B]``, of the kind of `probabilities` or `logits`.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: the message names the argument (`target` is `probabilities` or `logits`).
+        ArgumentError: both or neither of `probabilities` and `logits`; rows that are not laws; ids out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from tilewise.speculation import correct
+        >>> correct([1], [2], probabilities=np.array([[0.0, 0.5, 0.5]]), seed=0, requests=0, positions=4)
+        array([1])
+    """
+    if (probabilities is None) == (logits is None):
+        raise ArgumentError(
+            f"probabilities, logits: expected one of them, got {'neither' if logits is None else 'both'}"
+        )
+    given = logits if probabilities is None else probabilities
+    target = native("target", given)
+    rows, _ = _rank("target", target, ("B", "V"))
+    laws, ids = _laws(draft_laws)
+    out, tokens = like(given, (rows,), "int64")
+    _core.speculation_correct(
+        target,
+        None if logits is None else _rules(temperature, top_k, top_p, rows),
+        _per_row("accepted", accepted, rows, "int64"),
+        _per_row("refused", refused, rows, "int64"),
+        laws,
+        ids,
+        _seed(seed),
+        *_streams(requests, positions, rows),
+        out,
+    )
+    return tokens
+
+
+def _laws(draft_laws: Any) -> tuple[Any, Any]:
+    """What the core takes for laws: weights, and ids if they are sparse."""
+    if draft_laws is None:
+        return None, None
+    if isinstance(draft_laws, SparseLaws):
+        ids = native("draft_laws.ids", draft_laws.ids)
+        return native("draft_laws.probabilities", draft_laws.probabilities), ids
+    return native("draft_laws", draft_laws), None
 
 
 def _rank(name: str, array: Any, axes: tuple[str, ...]) -> tuple[int, ...]:
