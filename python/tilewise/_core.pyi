@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypedDict, final, type_check_only
 
 __all__ = [
+    "ConfidenceWindows",
     "Rounding",
     "attention_backward",
     "attention_forward",
     "block_mask",
     "block_mask_transpose",
     "build_info",
+    "confidence_tokens",
+    "confidence_traces",
     "cuda_files",
     "cuda_source",
     "experts",
@@ -240,3 +243,21 @@ def speculation_law(
     acceptance: _Array,
     corrections: _Array,
 ) -> None: ...
+
+# confidence of reasoning traces
+def confidence_tokens(logits: _Array, top_k: int, out: _Array) -> None: ...
+def confidence_traces(
+    values: _Array,
+    lengths: _Array | None,
+    window: int,
+    tail: int,
+    fraction: float,
+    metrics: _Array,
+    tokens: _Array | None = None,
+    groups: _Array | None = None,
+) -> None: ...
+@final
+class ConfidenceWindows:
+    def __new__(cls, rows: int, window: int) -> ConfidenceWindows: ...
+    def update(self, rows: _Array, values: _Array | None, out: _Array) -> None: ...
+    def reset(self, rows: _Array) -> None: ...

@@ -9,6 +9,7 @@
 //! * [`gemm`]: blocking and packing around the matrix micro-kernels;
 //! * [`attention`]: attention by tiles, forward and back, and decode by key chunks;
 //! * [`moe`]: routers, `Routing`, and the expert layer;
+//! * [`scheduler`]: confidence of reasoning traces;
 //! * [`speculation`]: exact verification of drafted tokens.
 //!
 //! `unsafe` lives in `arch` and `view` alone.
@@ -30,4 +31,5 @@ pub mod attention;
 pub mod expr;
 pub mod gemm;
 pub mod moe;
+pub mod scheduler;
 pub mod speculation;

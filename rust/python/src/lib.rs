@@ -9,6 +9,7 @@
 
 mod arrays;
 mod attention;
+mod confidence;
 mod config;
 mod cuda;
 mod door;
@@ -29,5 +30,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     attention::register(module)?;
     moe::register(module)?;
     speculation::register(module)?;
+    confidence::register(module)?;
     Ok(())
 }
