@@ -514,19 +514,19 @@ mod tests {
         // A huge token would leave its rounding error for ever in a sum that is added to and subtracted from.
         let mut window = Window::new(7);
         window.push(1e17);
-        let last = (0..100_000).filter_map(|_| window.push(0.1)).next_back().unwrap();
-        assert!((last - 0.1).abs() < 1e-16);
+        (0..100_000).for_each(|_| _ = window.push(0.1));
+        assert!((window.group() - 0.1).abs() < 1e-15);
     }
 
     #[test]
     fn logits_have_the_same_bits_at_every_level() {
         let row: Vec<f32> = (0..1000).map(|i| ((i * 7919) % 1009) as f32 * 0.013 - 5.0).collect();
-        let mut first = None;
+        let first = std::sync::OnceLock::new();
         at_every_level(|level| {
             let array = Array::from_slice(&row, &[1, row.len()]).unwrap();
             let mut out = [0.0f64];
             tokens(&array, 20, ArrayMut::from_slice(&mut out, &[1, 1]).unwrap()).unwrap();
-            assert_eq!(first.get_or_insert(out[0]).to_bits(), out[0].to_bits(), "{}", level.name());
+            assert_eq!(*first.get_or_init(|| out[0].to_bits()), out[0].to_bits(), "{}", level.name());
         });
     }
 }
