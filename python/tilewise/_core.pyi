@@ -256,6 +256,7 @@ def confidence_traces(
     tokens: _Array | None = None,
     groups: _Array | None = None,
 ) -> None: ...
+
 @final
 class ConfidenceWindows:
     def __new__(cls, rows: int, window: int) -> ConfidenceWindows: ...

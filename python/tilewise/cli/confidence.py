@@ -95,8 +95,6 @@ def _draw(study: Study, outcomes: list[Outcome], place: Path) -> None:
     question = make_question(study, 0, 0)
     low: Policy = next(policy for policy in POLICIES if policy.online and policy.keep == 0.1)
     _, _, machine = run_online(question, study, low)
-    plots.traces(
-        question.tokens, lengths=question.lengths, window=study.window, threshold=machine.threshold, ax=lines
-    )
+    plots.traces(question.tokens, lengths=question.lengths, window=study.window, threshold=machine.threshold, ax=lines)
     plots.vote(machine.result(), ax=bars)
     figure.savefig(place)
