@@ -46,15 +46,13 @@ def main() -> None:
     with ThreadPoolExecutor(threads) as pool:
         floor = timed(lambda: list(pool.map(lambda part: part.sum(), parts)), options.rounds)
     ours = timed(lambda: trace_confidence(values, window=options.window), options.rounds)
-    bytes_read = values.nbytes
-    del values, flat, parts
     logits = np.random.default_rng(0).normal(0, 3, (64, 128_000)).astype(np.float32)
     step = timed(lambda: token_confidence(logits, options.top_k), options.rounds)
     middle = options.rounds // 2
     print(
         json.dumps(
             {
-                "gigabytes": round(bytes_read / 1e9, 3),
+                "gigabytes": round(values.nbytes / 1e9, 3),
                 "threads": threads,
                 "isa": _core.isa_chosen(),
                 "traces_seconds": {"median": ours[middle], "best": ours[0]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,7 @@ from tilewise.reference import confidence as reference
 from tilewise.scheduler.confidence import ConfidenceMonitor, token_confidence, trace_confidence
 from tilewise.testing import layouts
 
-CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+close = partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -42,7 +43,7 @@ def test_tokens_of_logits(isa: str, dtype, rows: int, width: int, k: int) -> Non
     want = [reference.token_confidence(row.astype(np.float64), k) for row in logits]
     got = token_confidence(logits, k)
     assert got.shape == (rows,) and got.dtype == np.float64
-    np.testing.assert_allclose(got, want, **CLOSE)
+    close(got, want)
 
 
 def test_tokens_of_any_layout_and_rank() -> None:
@@ -56,13 +57,13 @@ def test_tokens_of_any_layout_and_rank() -> None:
 
 def test_laws_of_token_confidence() -> None:
     logits = 3 * random(4, 100)
-    np.testing.assert_allclose(token_confidence(logits + 7.5, 20), token_confidence(logits, 20), **CLOSE)
+    close(token_confidence(logits + 7.5, 20), token_confidence(logits, 20))
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    np.testing.assert_allclose(token_confidence(logits, 100), -np.log(p).mean(-1), **CLOSE)
+    close(token_confidence(logits, 100), -np.log(p).mean(-1))
     for k in (1, 2, 100):
-        np.testing.assert_allclose(token_confidence(np.full((1, 100), 0.3), k), math.log(100), **CLOSE)
+        close(token_confidence(np.full((1, 100), 0.3), k), math.log(100))
     order = np.random.default_rng(1).permutation(100)
-    np.testing.assert_allclose(token_confidence(logits[:, order], 20), token_confidence(logits, 20), **CLOSE)
+    close(token_confidence(logits[:, order], 20), token_confidence(logits, 20))
     huge = np.array([[1e308, -1e308, 0.0]])
     assert token_confidence(huge, 1)[0] == 0.0
     assert np.isfinite(token_confidence(huge, 2)[0])
@@ -71,11 +72,11 @@ def test_laws_of_token_confidence() -> None:
 def test_masked_and_undefined_logits() -> None:
     row = np.array([2.0, 1.0, -np.inf, 0.0])
     assert np.isfinite(token_confidence(row, 3)) and token_confidence(row, 4) == np.inf
-    np.testing.assert_allclose(token_confidence(row, 3), reference.token_confidence(row, 3), **CLOSE)
+    close(token_confidence(row, 3), reference.token_confidence(row, 3))
     assert np.isnan(token_confidence(np.array([1.0, np.nan]), 1))
     assert np.isnan(token_confidence(np.full(3, -np.inf), 1))
     infinite = np.array([np.inf, 1.0, np.inf])
-    np.testing.assert_allclose(token_confidence(infinite, 2), math.log(2), **CLOSE)
+    close(token_confidence(infinite, 2), math.log(2))
     assert token_confidence(infinite, 3) == np.inf
     # One row's trouble stays its own.
     both = token_confidence(np.stack([row, np.full(4, np.nan)]), 2)
@@ -91,12 +92,12 @@ def test_traces_of_ragged_lengths(window: int, dtype) -> None:
     tokens = -logprobs.astype(np.float64).mean(-1)
     for row, length in enumerate(lengths):
         own = tokens[row, :length]
-        np.testing.assert_allclose(trace.tokens[row, :length], own, **CLOSE)
+        close(trace.tokens[row, :length], own)
         assert np.isnan(trace.tokens[row, length:]).all()
         groups = reference.group_confidences(own, window)
-        np.testing.assert_allclose(trace.groups[row, : groups.size], groups, **CLOSE)
+        close(trace.groups[row, : groups.size], groups)
         assert np.isnan(trace.groups[row, groups.size :]).all()
-        np.testing.assert_allclose(measured(trace)[row], expected(own, window, 3, 0.3), **CLOSE)
+        close(measured(trace)[row], expected(own, window, 3, 0.3))
     # The same from token confidences, which need no k.
     again = trace_confidence(trace.tokens, lengths=lengths, window=window, tail=3, bottom=0.3)
     np.testing.assert_array_equal(measured(again), measured(trace))
@@ -111,7 +112,7 @@ def test_traces_of_ragged_lengths(window: int, dtype) -> None:
 def test_traces_equal_the_reference(tokens: list[float], window: int, tail: int, fraction: float) -> None:
     own = np.array(tokens, np.float64)
     trace = trace_confidence(own[None], window=window, tail=tail, bottom=fraction)
-    np.testing.assert_allclose(measured(trace)[0], expected(own, window, tail, fraction), **CLOSE)
+    close(measured(trace)[0], expected(own, window, tail, fraction))
     if own.size:
         assert own.min() - 1e-9 <= trace.lowest[0] <= trace.mean[0] * (1 + 1e-12) + own.max()
         assert trace.lowest[0] <= trace.bottom[0] + 1e-9
@@ -164,7 +165,7 @@ def test_sums_do_not_drift() -> None:
     tokens[0, 0] = 1e17
     trace = trace_confidence(tokens, window=2048, groups=True)
     assert abs(trace.groups[0, -1] - 0.1) < 1e-13
-    np.testing.assert_allclose(trace.lowest, 0.1, rtol=1e-12)
+    close(trace.lowest, 0.1)
 
 
 def test_the_monitor_gives_the_same_bits() -> None:

@@ -142,7 +142,7 @@ from tilewise.hf.models import DEFAULT_DRAFT, DEFAULT_TARGET, load_model  # noqa
 from tilewise.hf.parallel_paths import ThoughtEmbedding, parallel_think  # noqa: E402
 
 PROMPT = [3, 14, 15, 9, 26]
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -206,12 +206,12 @@ def check(model, found, thoughts=None) -> None:
     logits = dense(model, found, thoughts)
     at = len(PROMPT)
     for path, own in zip(found.paths, found.path_logits, strict=True):
-        np.testing.assert_allclose(own, logits[at : at + len(own)], **CLOSE)
+        close(own, logits[at : at + len(own)])
         assert len(own) == len(path) - 1
         at += len(path)
     forced = 1 + len(TOKENS.template)
     first = at + forced - 1
-    np.testing.assert_allclose(found.summary_logits, logits[first : first + len(found.summary_logits)], **CLOSE)
+    close(found.summary_logits, logits[first : first + len(found.summary_logits)])
 
 
 @pytest.mark.parametrize("finish", ["first", "half", "last"])
@@ -256,7 +256,7 @@ def test_paths_do_not_depend_on_one_another(model, thoughts) -> None:
         few = think(model, paths=count, finish="last", seed=4, thoughts=thoughts)
         assert few.paths == many.paths[:count]
         for one, other in zip(few.path_logits, many.path_logits, strict=False):
-            np.testing.assert_allclose(one, other, **CLOSE)
+            close(one, other)
 
 
 def test_permuted_paths_leave_the_summary(model, thoughts) -> None:
@@ -267,7 +267,7 @@ def test_permuted_paths_leave_the_summary(model, thoughts) -> None:
     order = np.concatenate([np.flatnonzero(packed.segments == s) for s in (1, 4, 2, 5, 3, -1)])
     moved = type(packed)(packed.tokens[order], packed.positions[order], packed.segments[order])
     got = dense(model, dataclasses.replace(found, packed=moved), thoughts)[-len(found.summary) :]
-    np.testing.assert_allclose(got, want, **CLOSE)
+    close(got, want)
     # With labels exchanged instead of moved along, the thought embeddings do make a difference.
     swapped = np.where(packed.segments == 2, 3, np.where(packed.segments == 3, 2, packed.segments))
     relabelled = dataclasses.replace(found, packed=type(packed)(packed.tokens, packed.positions, swapped))

@@ -225,9 +225,7 @@ def simulate_confidence(
         float, typer.Option(min=0.0, help="How much confidence tells of a trace's reliability; 0 is nothing.")
     ] = 6.0,
     difficulty: Annotated[float, typer.Option(help="Mean reliability of a trace, in (0, 1).")] = 0.55,
-    plot: Annotated[
-        Path | None, typer.Option(help="Write a picture: policies, traces of a question, its vote.")
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture: policies, traces, a vote.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> int:
     """Reasoning traces of known reliability: votes, early stopping, accuracy and tokens with intervals."""

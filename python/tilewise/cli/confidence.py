@@ -75,8 +75,9 @@ def _print(study: Study, outcomes: list[Outcome], options: Options) -> None:
         low, high = one.difference_interval
         least, most = one.saved_interval
         table.add_row(
-            one.policy, f"{one.accuracy:.1%}", f"{100 * one.difference:+.1f} points", f"{100 * low:+.1f} to {100 * high:+.1f}",
-            f"{one.tokens / 1e3:.1f}k", f"{one.saved:.1%}", f"{least:.1%} to {most:.1%}",
+            one.policy, f"{one.accuracy:.1%}", f"{100 * one.difference:+.1f} points",
+            f"{100 * low:+.1f} to {100 * high:+.1f}", f"{one.tokens / 1e3:.1f}k", f"{one.saved:.1%}",
+            f"{least:.1%} to {most:.1%}",
         )  # fmt: skip
     console.print(table)
     console.print("majority, weighted and filtered vote over all traces; the others end traces or the vote early")

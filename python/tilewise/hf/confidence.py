@@ -296,17 +296,17 @@ def deep_think(
     """Many traces of one prompt in a model, and the answer they agree on.
 
     The prompt is computed once. Traces run `batch` at a time; freed places are given to new traces as soon as a quarter
-    is free. Rows that began together share a cache and a forward pass, so no padding is ever attended and any model with
-    a growing cache runs. A trace's random numbers are those of (seed, its number, position): it does not depend on the
-    batch but for the rounding of the model's products.
+    is free. Rows that began together share a cache and a forward pass, so no padding is ever attended, and any model
+    with a growing cache runs. A trace's random numbers are those of (seed, its number, position): it does not depend on
+    the batch but for the rounding of the model's products.
 
     Args:
         model: a causal language model in evaluation mode.
         prompt: token ids, ``[n]`` or ``[1, n]``.
         decode: tokens to text, whose last ``\\boxed{...}`` is the answer. Give this, or `answer`.
         answer: tokens of a trace to its answer, None for none.
-        mode: ``"offline"`` runs the whole budget and votes; ``"online"`` stops weak traces after a warm-up, and all once
-            the vote is decided (:class:`~tilewise.scheduler.stopping.OnlineVote`).
+        mode: ``"offline"`` runs the whole budget and votes; ``"online"`` stops weak traces after a warm-up, and all
+            once the vote is decided (:class:`~tilewise.scheduler.stopping.OnlineVote`).
         budget: traces at most.
         warmup, consensus: online only.
         keep: the share eta: of the filtered vote offline, of the threshold online.

@@ -34,8 +34,8 @@ __all__ = ["ParallelThought", "ThoughtEmbedding", "parallel_think"]
 class ThoughtEmbedding(nn.Module):
     """A vector of each path, for each layer, added to keys and values before the rotation, the same for all key heads.
 
-    ``k~ = RoPE(k + T[layer, j])`` and ``v~ = v + T[layer, j]``, with j = 0 for the prompt and the summary, and j = i for
-    path i counted from 1; queries stay. Row 0 is added too, as it is trained too.
+    ``k~ = RoPE(k + T[layer, j])`` and ``v~ = v + T[layer, j]``, with j = 0 for the prompt and the summary, and j = i
+    for path i counted from 1; queries stay. Row 0 is added too, as it is trained too.
 
     Args:
         layers: of the model.
@@ -118,8 +118,8 @@ def _projections(model: PreTrainedModel) -> list[tuple[int, nn.Module, nn.Module
         key, value = getattr(module, "k_proj", None), getattr(module, "v_proj", None)
         if key is None or value is None or getattr(module, "k_norm", None) is not None:
             raise UnsupportedError(
-                f"{name} of {type(model).__name__} has no k_proj and v_proj that the rotation follows directly; thought "
-                "embeddings need both"
+                f"{name} of {type(model).__name__} has no k_proj and v_proj that the rotation follows directly; "
+                "thought embeddings need both"
             )
         found[int(module.layer_idx)] = (int(module.head_dim), key, value)  # type: ignore[arg-type]
     if not found:

@@ -59,26 +59,26 @@ def traces(
         raise ShapeError(f"tokens: expected token confidences [traces, tokens], got shape {values.shape}")
     own = np.full(len(values), values.shape[1]) if lengths is None else np.asarray(lengths)
     groups: np.ndarray = trace_confidence(values, lengths=own, window=window, groups=True).groups
-    ax = _axes(ax)
+    axes = _axes(ax)
     stopped = 0
     for row, length in zip(groups, own, strict=True):
         row = row[: max(int(length) - window + 1, 0)]
         places = np.arange(row.size) + window
         weak = np.flatnonzero(~(row >= threshold)) if threshold is not None else np.empty(0, int)
         end = int(weak[0]) + 1 if weak.size else row.size
-        ax.plot(places[:end], row[:end], color=_STOPPED if weak.size else _KEPT, linewidth=0.9, alpha=0.8)
+        axes.plot(places[:end], row[:end], color=_STOPPED if weak.size else _KEPT, linewidth=0.9, alpha=0.8)
         if weak.size:
             stopped += 1
-            ax.plot(places[end - 1], row[end - 1], marker="x", color=_LINE, markersize=5)
+            axes.plot(places[end - 1], row[end - 1], marker="x", color=_LINE, markersize=5)
     if threshold is not None:
-        ax.axhline(threshold, color=_LINE, linewidth=1.0, label=f"threshold {threshold:.4g}")
-        ax.legend(frameon=False)
-    ax.set(
+        axes.axhline(threshold, color=_LINE, linewidth=1.0, label=f"threshold {threshold:.4g}")
+        axes.legend(frameon=False)
+    axes.set(
         xlabel="tokens",
         ylabel=f"mean confidence of {window} tokens",
         title=f"{stopped} of {len(values)} traces stopped" if threshold is not None else f"{len(values)} traces",
     )
-    return ax
+    return axes
 
 
 def vote(result: Vote, *, most: int = 12, ax: Axes | None = None) -> Axes:
@@ -102,15 +102,15 @@ def vote(result: Vote, *, most: int = 12, ax: Axes | None = None) -> Axes:
     """
     if most < 1:
         raise ArgumentError(f"most: expected at least 1 answer, got {most}")
-    ax = _axes(ax)
+    axes = _axes(ax)
     ranked = sorted(result.weights.items(), key=lambda pair: -pair[1])[:most]
     places = np.arange(len(ranked))
     colors = [_KEPT if answer == result.answer else _STOPPED for answer, _ in ranked]
-    ax.bar(places, [weight for _, weight in ranked], color=colors, width=0.8)
-    ax.set_xticks(places, [f"{answer}\n{result.counts[answer]} traces" for answer, _ in ranked])
+    axes.bar(places, [weight for _, weight in ranked], color=colors, width=0.8)
+    axes.set_xticks(places, [f"{answer}\n{result.counts[answer]} traces" for answer, _ in ranked])
     share = f"answer {result.answer!r} with {result.share:.0%} of the weight".replace("%", " %")
-    ax.set(ylabel="weight", title=share if ranked else "no answer")
-    return ax
+    axes.set(ylabel="weight", title=share if ranked else "no answer")
+    return axes
 
 
 def trade_off(outcomes: Sequence[Outcome], *, ax: Axes | None = None) -> Axes:
@@ -126,15 +126,15 @@ def trade_off(outcomes: Sequence[Outcome], *, ax: Axes | None = None) -> Axes:
     Raises:
         MissingExtraError: no matplotlib.
     """
-    ax = _axes(ax, height=4.2)
+    axes = _axes(ax, height=4.2)
     for outcome in outcomes:
         seeds = np.array(outcome.by_seed)
-        ax.plot(seeds[:, 1], seeds[:, 0], ".", color=_STOPPED, markersize=3)
-        (mark,) = ax.plot(outcome.tokens, outcome.accuracy, "o", markersize=7)
-        ax.annotate(
+        axes.plot(seeds[:, 1], seeds[:, 0], ".", color=_STOPPED, markersize=3)
+        (mark,) = axes.plot(outcome.tokens, outcome.accuracy, "o", markersize=7)
+        axes.annotate(
             outcome.policy, (outcome.tokens, outcome.accuracy), xytext=(6, 4), textcoords="offset points", fontsize=8,
             color=mark.get_color(),
         )  # fmt: skip
-    ax.set(xlabel="tokens of a question", ylabel="accuracy", title="policies, each dot a seed")
-    ax.set_xlim(left=0)
-    return ax
+    axes.set(xlabel="tokens of a question", ylabel="accuracy", title="policies, each dot a seed")
+    axes.set_xlim(left=0)
+    return axes

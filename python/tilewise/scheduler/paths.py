@@ -9,8 +9,8 @@ them::
                    a stop token, or any path's close token:         replaced by the path's own close token; it ends
                    the last token that the limit allows:            replaced by the path's own close token; it ends
     enough ended   ("first": one, "half": half of them, "last": all, or a number): the others are cut where they are
-    merge          one sequence: prompt, path 1, ..., path P; keys and values are those there are, nothing is recomputed
-    summary        its open token and a template are forced, then it is sampled until a stop or close token, or its limit
+    merge          one sequence: prompt, path 1, ..., path P; keys and values stay as they are
+    summary        its open token and a template are forced; then sampled up to a stop or close token, or its limit
 
 Positions: token t of every path stands at ``prompt + t``, so paths share positions; the summary begins after the
 longest path.

@@ -7,9 +7,10 @@
     votes      of traces that ran to their end with an answer and a lowest group >= s, weighted by it
     end        after the warm-up and each later trace: the best answer's share of all weight >= consensus, or no budget
 
-The driver runs as many traces at once as it likes, in any order: traces are numbered, and a number's fate depends on its
-own tokens and on the warm-up alone. The end is decided along the numbers too: it is the smallest number of traces
-(at least the warm-up) whose vote is decided; what ran beyond does not count. So the answer does not depend on the batch.
+The driver runs as many traces at once as it likes, in any order: traces are numbered, and a number's fate depends on
+its own tokens and on the warm-up alone. The end is decided along the numbers too: it is the smallest number of traces
+(at least the warm-up) whose vote is decided; what ran beyond does not count. So the answer does not depend on the
+batch.
 
 A trace with NaN among its groups can never vote, so it is stopped too.
 
