@@ -245,6 +245,9 @@ def test_the_study_saves_tokens_at_equal_accuracy() -> None:
     assert outcomes["majority"].saved == 0.0 and outcomes["majority"].difference == 0.0
     blind = Study(questions=12, traces=32, warmup=8, tokens=500, window=64, slots=8, gap=0.0)
     nothing = {outcome.policy: outcome for outcome in simulate(range(6), blind)}
+    best = {outcome.policy: outcome for outcome in simulate(range(6), STUDY, against="filtered 10 %")}
+    full = best["online, keep 10 %, no consensus"]
+    assert full.saved_interval[0] >= 0.4 and full.difference_interval[1] >= 0.0, "equal to the best vote of all traces"
     # Where confidence tells nothing, keeping the most confident tenth cannot be better than all.
     assert nothing["filtered 10 %"].difference <= 0.0
 
@@ -276,6 +279,8 @@ def test_command(tmp_path) -> None:
     assert [row["policy"] for row in found["policies"]] == [policy.name for policy in POLICIES]
     wrong = CliRunner().invoke(app, ["simulate", "confidence", *sizes, "--difficulty", "1.5"])
     assert wrong.exit_code == 1 and "difficulty" in wrong.output
+    wrong = CliRunner().invoke(app, ["simulate", "confidence", *sizes, "--against", "best"])
+    assert wrong.exit_code == 1 and "'majority'" in wrong.output
 
 
 def test_pictures() -> None:

@@ -17,9 +17,7 @@ class Fake:
     rounds: int = 12
     accepted: list[int] = field(default_factory=lambda: [3, 0, 5, 4])
     wait: dict[str, float] = field(default_factory=lambda: {"draft": 0.5, "batch": 1.25})
-    latency: dict[str, object] = field(
-        default_factory=lambda: {"bounds": [0.1, 0.5], "counts": [2, 1, 1], "sum": 3.0}
-    )
+    latency: dict[str, object] = field(default_factory=lambda: {"bounds": [0.1, 0.5], "counts": [2, 1, 1], "sum": 3.0})
     hit_rate: float = 0.75
     speculating: bool = True
     later: float | None = None

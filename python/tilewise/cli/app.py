@@ -225,10 +225,13 @@ def simulate_confidence(
         float, typer.Option(min=0.0, help="How much confidence tells of a trace's reliability; 0 is nothing.")
     ] = 6.0,
     difficulty: Annotated[float, typer.Option(help="Mean reliability of a trace, in (0, 1).")] = 0.55,
+    against: Annotated[str, typer.Option(help="The policy that all are compared with.")] = "majority",
     plot: Annotated[Path | None, typer.Option(help="Write a picture: policies, traces, a vote.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> int:
     """Reasoning traces of known reliability: votes, early stopping, accuracy and tokens with intervals."""
     from tilewise.cli.confidence import Options, run
 
-    return run(Options(seeds, questions, traces, window, warmup, slots, tokens, gap, difficulty, plot, as_json))
+    return run(
+        Options(seeds, questions, traces, window, warmup, slots, tokens, gap, difficulty, against, plot, as_json)
+    )

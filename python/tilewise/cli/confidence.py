@@ -30,6 +30,7 @@ class Options:
     tokens: int
     gap: float
     difficulty: float
+    against: str
     plot: Path | None
     as_json: bool
 
@@ -45,13 +46,13 @@ def run(options: Options) -> int:
         raise ArgumentError(f"--seeds: expected at least 1, got {options.seeds}")
     if options.plot is not None:
         check_picture(options.plot)
-    sizes = {name: value for name, value in asdict(options).items() if name not in ("seeds", "plot", "as_json")}
-    study = Study(**sizes)
+    others = ("seeds", "against", "plot", "as_json")
+    study = Study(**{name: value for name, value in asdict(options).items() if name not in others})
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=options.as_json) as bar:
         task = bar.add_task("questions", total=options.seeds * study.questions)
-        outcomes = simulate(range(options.seeds), study, progress=lambda: bar.advance(task))
+        outcomes = simulate(range(options.seeds), study, against=options.against, progress=lambda: bar.advance(task))
     if options.plot is not None:
         _draw(study, outcomes, options.plot)
     if options.as_json:
@@ -69,7 +70,7 @@ def _print(study: Study, outcomes: list[Outcome], options: Options) -> None:
     )
     table = Table()
     table.add_column("policy")
-    for name in ("accuracy", "less majority", "95 %", "tokens", "saved", "95 % "):
+    for name in ("accuracy", f"less {options.against}", "95 %", "tokens", "saved", "95 % "):
         table.add_column(name, justify="right")
     for one in outcomes:
         low, high = one.difference_interval

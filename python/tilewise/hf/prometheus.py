@@ -27,6 +27,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from dataclasses import fields as dataclass_fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,7 @@ def _histogram(name: str, bounds: Any, counts: Any, total: float | None) -> Fami
     bounds, counts = [float(bound) for bound in bounds], list(counts)
     if len(counts) != len(bounds) + 1:
         raise ArgumentError(f"{name}: expected one count more than bounds, got {len(counts)} and {len(bounds)}")
-    if any(low >= high for low, high in zip(bounds, bounds[1:], strict=False)):
+    if any(low >= high for low, high in pairwise(bounds)):
         raise ArgumentError(f"{name}: expected rising bounds, got {bounds}")
     numbers = [_number(name, count, "counter") for count in counts]
     if total is None:

@@ -136,5 +136,5 @@ def trade_off(outcomes: Sequence[Outcome], *, ax: Axes | None = None) -> Axes:
             color=mark.get_color(),
         )  # fmt: skip
     axes.set(xlabel="tokens of a question", ylabel="accuracy", title="policies, each dot a seed")
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.3 * max((outcome.tokens for outcome in outcomes), default=1.0))
     return axes

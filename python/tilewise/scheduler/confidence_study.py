@@ -103,7 +103,7 @@ class Outcome:
         tokens: of a question.
         saved: share of the tokens that the full budget costs.
         saved_interval: of that.
-        difference: accuracy less that of the majority of all traces, by seed and question.
+        difference: accuracy less that of the policy it is compared with, on the same questions.
         difference_interval: of that.
         by_seed: ``(accuracy, tokens, saved)`` of each seed.
     """
@@ -205,6 +205,7 @@ def simulate(
     seeds: Sequence[int],
     study: Study | None = None,
     policies: Sequence[Policy] = POLICIES,
+    against: str = "majority",
     progress: Callable[[], None] | None = None,
 ) -> list[Outcome]:
     """Every policy on the same questions, over some seeds.
@@ -213,13 +214,14 @@ def simulate(
         seeds: at least two for an interval.
         study: sizes; the defaults if None.
         policies: to compare.
+        against: the name of the policy that all are compared with.
         progress: called after each question.
 
     Returns:
         One :class:`Outcome` for each policy.
 
     Raises:
-        ArgumentError: no seeds.
+        ArgumentError: no seeds, or nothing of the name `against`.
 
     Example:
         >>> small = Study(questions=3, traces=8, warmup=4, tokens=300, window=32)
@@ -229,15 +231,16 @@ def simulate(
     study = study or Study()
     if not seeds:
         raise ArgumentError("seeds: expected at least one")
+    names = [policy.name for policy in policies]
+    if against not in names:
+        raise ArgumentError(f"against: expected one of {', '.join(map(repr, names))}, got {against!r}")
     right = np.zeros((len(policies), len(seeds), study.questions))
     tokens = np.zeros_like(right)
-    base = np.zeros((len(seeds), study.questions))
-    full = np.zeros_like(base)
+    full = np.zeros((len(seeds), study.questions))
     for at, seed in enumerate(seeds):
         for number in range(study.questions):
             question = make_question(study, seed, number)
             full[at, number] = question.lengths.sum()
-            base[at, number] = majority([int(answer) for answer in question.answers]).answer == 0
             for which, policy in enumerate(policies):
                 if policy.online:
                     answer, spent, _ = run_online(question, study, policy)
@@ -247,6 +250,7 @@ def simulate(
                 tokens[which, at, number] = spent
             if progress is not None:
                 progress()
+    base = right[names.index(against)]
     outcomes = []
     for which, policy in enumerate(policies):
         accuracy, cost = right[which].mean(1), tokens[which].mean(1)
