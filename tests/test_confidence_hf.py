@@ -166,6 +166,14 @@ def test_consensus_cancels_what_still_runs(pair) -> None:
     )
     for trace in stops.traces:
         assert (trace.tokens[-1] == 10) == (trace.end == "stop token") and 10 not in trace.tokens[:-1]
+    before = pair.target.generation_config.eos_token_id
+    pair.target.generation_config.eos_token_id = [10]
+    try:  # the model's own, if none are given
+        own = deep_think(pair.target, prompt, batch=6, keep=1.0, consensus=None, **(settings | {"max_new_tokens": 40}))
+    finally:
+        pair.target.generation_config.eos_token_id = before
+    assert [trace.tokens for trace in own.traces] == [trace.tokens for trace in stops.traces]
+    assert any(trace.end == "stop token" for trace in own.traces)
 
 
 def test_boxed_answers_and_bad_arguments(pair) -> None:

@@ -32,6 +32,7 @@ from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, Stoppin
 
 from tilewise import speculation
 from tilewise.errors import ArgumentError, ShapeError
+from tilewise.hf.models import _stop_tokens
 from tilewise.scheduler.confidence import ConfidenceMonitor, Readings, token_confidence, trace_confidence
 from tilewise.scheduler.stopping import OnlineVote
 from tilewise.scheduler.voting import Key, Vote, extract_answer, filtered, majority, weighted
@@ -284,7 +285,7 @@ def deep_think(
     window: int = 2048,
     confidence_top_k: int = 20,
     max_new_tokens: int = 1024,
-    stop_tokens: Sequence[int] | frozenset[int] = (),
+    stop_tokens: Sequence[int] | frozenset[int] | None = None,
     batch: int = 8,
     temperature: float = 0.6,
     top_k: int = 0,
@@ -313,7 +314,7 @@ def deep_think(
         window: tokens of a confidence group.
         confidence_top_k: k of the token confidence; the whole vocabulary if that is smaller.
         max_new_tokens: of a trace.
-        stop_tokens: end a trace.
+        stop_tokens: end a trace; None: the model's end-of-sequence tokens.
         batch: traces at once.
         temperature, top_k, top_p: of the sampling.
         seed: of the random numbers.
@@ -350,7 +351,7 @@ def deep_think(
         machine = OnlineVote(warmup=budget, budget=budget, keep=keep, consensus=None, key=key)
     think = _Thinker(
         model, _prompt(prompt, model.device), machine, answer, ConfidenceMonitor(batch, window), confidence_top_k,
-        max_new_tokens, frozenset(int(token) for token in stop_tokens),
+        max_new_tokens, _stop_tokens(model) if stop_tokens is None else frozenset(map(int, stop_tokens)),
         {"temperature": temperature, "top_k": top_k, "top_p": top_p}, seed, progress,
     )  # fmt: skip
     with torch.inference_mode():
