@@ -10,9 +10,11 @@ pytest.importorskip("transformers")
 
 from tilewise.errors import ArgumentError, ShapeError  # noqa: E402
 from tilewise.hf.confidence import ConfidenceRecorder, ConfidenceStop, deep_think  # noqa: E402
+from tilewise.hf.deep_think import _Thinker  # noqa: E402
 from tilewise.hf.models import DEFAULT_TARGET, load_pair  # noqa: E402
 from tilewise.reference import confidence as reference  # noqa: E402
-from tilewise.scheduler.confidence import trace_confidence  # noqa: E402
+from tilewise.scheduler.confidence import token_confidence, trace_confidence  # noqa: E402
+from tilewise.speculation import sample_target  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not DEFAULT_TARGET.is_dir(), reason="the default pair is not in this tree")
 PROMPT = "def is_prime(n):\n    "
@@ -88,11 +90,18 @@ def test_warm_up_calibration_and_consensus(pair) -> None:
     np.testing.assert_array_equal(stop.lowest, lowest)
     assert stop.calibrate(keep=0.5) == np.percentile(lowest, 50)
     assert stop.vote().voters == tuple(np.flatnonzero((lowest >= stop.threshold)[:3]))
-    stop.threshold = 0.0  # everything votes
+    stop.threshold, stop.decided = 0.0, False  # everything votes
     generate(pair, recorder, stop, tokens=12, seed=1)
     vote = stop.add(["a", "a", "a", "a"], [12] * 4)
     assert vote.counts == {"a": 6, "b": 1}
     assert stop.decided == (vote.share >= 0.9)
+    stop.consensus = 0.5
+    stop.calibrate(keep=1.0)
+    assert stop.decided
+    out = generate(pair, recorder, stop, tokens=12, seed=2)
+    assert len(recorder.steps) == 1, "nothing is left to decide: every row ends at once"
+    assert out.sequences.shape[1] == len(pair.tokenizer.encode(PROMPT)) + 1
+    stop.decided = False
     with pytest.raises(ShapeError, match="each of 4 rows"):
         stop.add(["a"], [3])
 
@@ -141,6 +150,37 @@ def test_deep_think_offline_and_online(pair) -> None:
     voters = {n for n in range(10) if full[n].lowest >= online.threshold and full[n].answer is not None}
     assert set(online.votes["online"].voters) == voters
     assert online.tokens < offline.tokens
+
+
+def test_a_trace_is_plain_sampling(pair) -> None:
+    """Each token again, from the whole sequence without a cache, by the numbers of (seed, trace, position)."""
+    prompt = pair.tokenizer.encode(PROMPT)
+    settings = SETTINGS | {"budget": 3, "max_new_tokens": 8}
+    found = deep_think(pair.target, prompt, mode="offline", batch=2, seed=9, top_p=0.9, top_k=12, **settings)
+    for trace in found.traces:
+        tokens = [*prompt, *trace.tokens]
+        with torch.inference_mode():
+            logits = pair.target(input_ids=torch.tensor([tokens])).logits[0, len(prompt) - 1 : -1]
+        drawn = sample_target(
+            logits.numpy(), temperature=1.0, top_k=12, top_p=0.9, seed=9,
+            requests=np.full(len(logits), trace.number), positions=np.arange(len(prompt), len(tokens)),
+        )  # fmt: skip
+        assert drawn.tolist() == trace.tokens
+        np.testing.assert_allclose(trace.confidence, token_confidence(logits.numpy()), rtol=1e-4)
+
+
+def test_freed_places_are_refilled(pair, monkeypatch) -> None:
+    free = []
+
+    class Watched(_Thinker):
+        def _step(self, cohort) -> None:
+            free.append((len(self.free), len(self.cohorts), self.machine._started < self.machine.budget))
+            super()._step(cohort)
+
+    monkeypatch.setattr("tilewise.hf.deep_think._Thinker", Watched)
+    settings = SETTINGS | {"budget": 16, "max_new_tokens": 30, "stop_tokens": [10, 32, 101]}
+    deep_think(pair.target, pair.tokenizer.encode(PROMPT), mode="offline", batch=4, **settings)
+    assert max(cohorts for _, cohorts, _ in free) > 1, "new traces run beside old ones"
 
 
 @pytest.mark.parametrize("batch", [1, 10])

@@ -140,6 +140,7 @@ transformers = pytest.importorskip("transformers")
 from tilewise.errors import ShapeError, UnsupportedError  # noqa: E402
 from tilewise.hf.models import DEFAULT_DRAFT, DEFAULT_TARGET, load_model  # noqa: E402
 from tilewise.hf.parallel_paths import ThoughtEmbedding, parallel_think  # noqa: E402
+from tilewise.speculation import sample_target  # noqa: E402
 
 PROMPT = [3, 14, 15, 9, 26]
 close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
@@ -201,14 +202,27 @@ def dense(model, found, thoughts=None):
             return call()
 
 
-def check(model, found, thoughts=None) -> None:
-    """Every logit that was sampled from, against the dense recomputation."""
+def draws(logits, request: int, position: int, seed: int) -> list[int]:
+    places = np.arange(position, position + len(logits))
+    return sample_target(
+        logits.numpy(), temperature=1.0, seed=seed, requests=np.full(len(logits), request), positions=places
+    ).tolist()
+
+
+def check(model, found, thoughts=None, seed: int = 0) -> None:
+    """Every logit that was sampled from, and every token, against the dense recomputation."""
     logits = dense(model, found, thoughts)
+    special = {*TOKENS.opens, *TOKENS.closes, *TOKENS.stops, TOKENS.summary, TOKENS.summary_end}
     at = len(PROMPT)
-    for path, own in zip(found.paths, found.path_logits, strict=True):
+    for number, (path, own) in enumerate(zip(found.paths, found.path_logits, strict=True)):
         close(own, logits[at : at + len(own)])
         assert len(own) == len(path) - 1
+        for drawn, token in zip(draws(own, number, len(PROMPT) + 1, seed), path[1:], strict=True):
+            assert drawn == token or drawn in special or token == TOKENS.closes[number]
         at += len(path)
+    start = len(PROMPT) + max(map(len, found.paths)) + 1 + len(TOKENS.template)
+    drawn = draws(found.summary_logits, len(found.paths), start, seed)
+    assert drawn[: len(found.answer)] == found.answer and (found.end == "limit" or drawn[-1] in special)
     forced = 1 + len(TOKENS.template)
     first = at + forced - 1
     close(found.summary_logits, logits[first : first + len(found.summary_logits)])
@@ -222,7 +236,7 @@ def test_merged_cache_equals_the_dense_mask(model, thoughts, paths: int, finish:
     for seed in range(3):
         table = thoughts if with_thoughts else None
         found = think(model, paths=paths, finish=finish, seed=seed, thoughts=table)
-        check(model, found, table)
+        check(model, found, table, seed)
         lengths |= {len(path) for path in found.paths}
         assert found.tokens == sum(map(len, found.paths)) + len(found.summary) - (1 if found.end else 0)
     assert paths == 1 or finish == "first" or len(lengths) > 1, "paths of different lengths were merged"

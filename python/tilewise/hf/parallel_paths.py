@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer
 
 from tilewise import speculation
 from tilewise.errors import ArgumentError, ShapeError, UnsupportedError
-from tilewise.hf.confidence import _prompt, _rows
+from tilewise.hf import _logits
 from tilewise.scheduler.paths import PROMPT, SUMMARY, Packed, ParallelPaths, PathTokens
 
 __all__ = ["ParallelThought", "ThoughtEmbedding", "parallel_think"]
@@ -201,7 +201,7 @@ def parallel_think(
     if model.training:
         raise ArgumentError("the model is in training mode; call model.eval()")
     driver = _Driver(
-        model, _prompt(prompt, model.device), machine, thoughts,
+        model, _logits.one_prompt(prompt, model.device), machine, thoughts,
         {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}, keep_logits,
     )  # fmt: skip
     with torch.inference_mode():
@@ -276,7 +276,9 @@ class _Driver:
         if self.keep_logits:
             for row, request in enumerate(requests):
                 self.logits[SUMMARY if request == self.machine.count else request].append(logits[row].clone())
-        drawn = speculation.sample_target(_rows(logits), requests=np.array(requests), positions=position, **self.rules)
+        drawn = speculation.sample_target(
+            _logits.rows(logits), requests=np.array(requests), positions=position, **self.rules
+        )
         return [int(token) for token in drawn]
 
     def _fork(self, count: int) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from tilewise._arrays import is_torch
 from tilewise.errors import ArgumentError, ShapeError
 
-__all__ = ["Vote", "extract_answer", "filtered", "keep_most_confident", "majority", "vote", "weighted"]
+__all__ = ["Vote", "extract_answer", "filtered", "keep_most_confident", "majority", "threshold", "vote", "weighted"]
 
 Key = Callable[[Any], Hashable]
 
@@ -151,7 +151,22 @@ def keep_most_confident(confidence: Any, keep: float) -> np.ndarray:
 
 
 def threshold(confidence: Any, keep: float) -> float:
-    """The confidence that the most confident share reaches: the ``(1 - keep)`` quantile; NaN without finite ones."""
+    """The confidence that the most confident share reaches: the ``(1 - keep)`` quantile of the finite ones.
+
+    Args:
+        confidence: ``[traces]``.
+        keep: the share eta, in (0, 1].
+
+    Returns:
+        The quantile by linear interpolation, as ``numpy.percentile``; NaN without a finite confidence.
+
+    Raises:
+        ArgumentError: a share outside (0, 1].
+
+    Example:
+        >>> threshold([1.0, 2.0, 3.0, 4.0], 0.5)
+        2.5
+    """
     values = _numbers(confidence)
     values = values[np.isfinite(values)]
     quantile = (1.0 - _share(keep)) * 100.0
