@@ -164,7 +164,7 @@ class StatsCollector:
         label: str = "key",
     ) -> None:
         try:
-            from prometheus_client import core
+            from prometheus_client import core  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise MissingExtraError(
                 f"metrics need prometheus-client ({error}); install it with: pip install 'tilewise[metrics]'"
