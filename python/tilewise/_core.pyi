@@ -12,6 +12,7 @@ __all__ = [
     "NGramIndex",
     "OutcomeCache",
     "RankCurve",
+    "ConfidenceWindows",
     "Rounding",
     "Rounds",
     "SuffixIndex",
@@ -20,6 +21,8 @@ __all__ = [
     "block_mask",
     "block_mask_transpose",
     "build_info",
+    "confidence_tokens",
+    "confidence_traces",
     "cuda_files",
     "cuda_source",
     "experts",
@@ -369,3 +372,22 @@ class Races:
         positions: _Array,
         out: _Array,
     ) -> None: ...
+
+# confidence of reasoning traces
+def confidence_tokens(logits: _Array, top_k: int, out: _Array) -> None: ...
+def confidence_traces(
+    values: _Array,
+    lengths: _Array | None,
+    window: int,
+    tail: int,
+    fraction: float,
+    metrics: _Array,
+    tokens: _Array | None = None,
+    groups: _Array | None = None,
+) -> None: ...
+
+@final
+class ConfidenceWindows:
+    def __new__(cls, rows: int, window: int) -> ConfidenceWindows: ...
+    def update(self, rows: _Array, values: _Array | None, out: _Array) -> None: ...
+    def reset(self, rows: _Array) -> None: ...

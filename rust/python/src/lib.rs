@@ -9,6 +9,7 @@
 
 mod arrays;
 mod attention;
+mod confidence;
 mod config;
 mod cuda;
 mod door;
@@ -35,5 +36,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     speculation::register(module)?;
     speculation_cache::register(module)?;
     speculation_drafts::register(module)?;
+    confidence::register(module)?;
     Ok(())
 }
