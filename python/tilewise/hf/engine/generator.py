@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from tilewise.errors import ArgumentError, VocabularyError
 from tilewise.hf.engine.link import ready
-from tilewise.hf.engine.processes import DraftProcess
+from tilewise.hf.engine.processes import DraftProcess, torchrun_rank
 from tilewise.hf.engine.requests import Generated, Request, Stops
 from tilewise.hf.engine.rules import Settings, rule_of
 from tilewise.hf.engine.stats import EngineStats, RoundRecord
@@ -47,7 +47,8 @@ class SpeculativeGenerator:
     Args:
         target: a causal language model on the CPU, in evaluation mode, whose cache can be rolled back.
         draft: a smaller one with the same vocabulary; None decodes with look-ups alone.
-        workers: draft processes; sequences are divided among them.
+        workers: draft processes; sequences are divided among them. ``"torchrun"``: those of rank 1 and up of a program
+            that torchrun started, on whatever machines, which call :func:`serve_draft` with the draft.
         draft_length: most drafted tokens of a round.
         budget: most outcomes to guess in a round.
         depth: most tokens to draft behind each; None is `draft_length`.
@@ -84,7 +85,7 @@ class SpeculativeGenerator:
         target: PreTrainedModel,
         draft: PreTrainedModel | None = None,
         *,
-        workers: int = 1,
+        workers: int | str = 1,
         draft_length: int = 8,
         budget: int = 16,
         depth: int | None = None,
@@ -129,7 +130,18 @@ class SpeculativeGenerator:
         self._threads = step_threads(target, threads)
         self._draft, self._draft_threads, self._tokenizer = draft, draft_threads, tokenizer
         self._lookup, self._most = lookup, budget
-        count = workers if draft is not None else 0
+        if workers == "torchrun":
+            rank, size = torchrun_rank()
+            if rank != 0:
+                raise ArgumentError(f"rank 0 is the target, this is rank {rank}: call serve_draft(draft) here")
+            if draft is not None:
+                raise ArgumentError("with workers='torchrun' the drafts are in the other processes: leave out draft")
+            count = size - 1
+        elif isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+            raise ArgumentError(f"workers: expected a number of processes, or 'torchrun', got {workers!r}")
+        else:
+            count = workers if draft is not None else 0
+        self._elsewhere = workers == "torchrun"
         self._machine = Rounds(
             draft_length=draft_length, budget=budget, depth=depth, fallback=fallback, max_batch=max_batch,
             patience=patience, adaptive=adaptive, workers=count, vocabulary=self._vocabulary, seed=seed,
@@ -152,7 +164,7 @@ class SpeculativeGenerator:
     def _start_drafts(self) -> None:
         """Starts a process for every worker that has none."""
         for worker, process in self._processes.items():
-            if process is None and self._draft is not None:
+            if process is None and (self._draft is not None or (self._elsewhere and self._started == 0)):
                 name = self._started * len(self._processes) + worker
                 self._processes[worker] = DraftProcess(self._draft, name, self._draft_threads)
         self._started += 1
