@@ -8,6 +8,17 @@
 //! [`Chain`] holds the probabilities and the laws; [`Chain::run`] adds the uniform numbers. Enumerations call the
 //! same methods that the run calls, so what they prove is proved of what runs. Greedy rows need no rule of their own:
 //! at temperature 0 the law is one token, so a draft is accepted iff it is that token.
+//!
+//! Where the run is not the text above:
+//! 1. A coin needs p_i(x_i) alone, that is, one exponential and the sum of all. The sum is first taken roughly, in single
+//!    precision with a proven bound; where the coin lies between the bounds the exact sum decides. So what is decided is
+//!    what the exact law decides, always, and 99.99 % of the rows cost a quarter of an exact one.
+//! 2. A law is written out at one place of a row, where the round ends, and lessened there by the draft's in place.
+//! 3. A draft's law may be a list of a few tokens; then only these are looked at.
+//!
+//! The floor of a round from float32 logits is to read them once: 8 rows, 8 places and 131072 tokens are 33.6 MB. Largest
+//! element and rough sum read a row twice, the second time from the second-level cache; the rough sum is some 20
+//! operations of 32 bits a logit, the exact one 36 of 64 bits.
 
 use super::input::{Results, fill, floating, lengths_of, logit, shaped};
 use super::law::{Law, total};
