@@ -173,6 +173,14 @@ def test_torch_tensors_stay_tensors() -> None:
     result = speculation.verify(tokens, laws, logits, **where)
     assert isinstance(result.tokens, torch.Tensor)
 
+    from tilewise.torch import speculation as floor  # the same names there
+
+    again = floor.draft_token(logits[:, 0], support=5, saguaro=0.5, fan_out=2, **where)
+    assert torch.equal(again.tokens, drafted.tokens) and torch.equal(again.laws.ids, drafted.laws.ids)
+    assert torch.equal(floor.verify(tokens, laws, logits, **where).tokens, result.tokens)
+    assert floor.verification_law(tokens, laws, logits).acceptance.shape == (4, 2)
+    assert floor.accept is speculation.accept
+
 
 GOOD: dict[str, Any] = {
     "draft_tokens": np.array([[0, 1]]),

@@ -18,7 +18,8 @@ Per-row settings (`temperature`, `top_k`, `top_p`, `positions`) are numbers, for
 
 Map:
 
-* :mod:`~tilewise.speculation.sampling`: laws, draws, verification in one step or two;
+* :mod:`~tilewise.speculation.sampling`: laws, and draws from them;
+* :mod:`~tilewise.speculation.verification`: of drafted chains, in one step or in two;
 * :mod:`~tilewise.speculation.coupled`: the other exact rule: target and draft race over the same numbers;
 * :mod:`~tilewise.speculation.outcomes`: what a draft expects to follow, and the rank of what does;
 * :mod:`~tilewise.speculation.cache`: what was drafted ahead, by the outcome it was drafted for;
@@ -42,17 +43,12 @@ from tilewise.speculation.fanout import (
     water_filling,
 )
 from tilewise.speculation.outcomes import predict_outcomes, token_rank
-from tilewise.speculation.sampling import (
-    Drafted,
-    SparseLaws,
+from tilewise.speculation.sampling import Drafted, SparseLaws, draft_token, process, sample, sample_target
+from tilewise.speculation.verification import (
     Verification,
     VerificationLaw,
     accept,
     correct,
-    draft_token,
-    process,
-    sample,
-    sample_target,
     token_probabilities,
     verification_law,
     verify,

@@ -22,7 +22,7 @@ import numpy as np
 from tilewise import _core
 from tilewise._arrays import like, native
 from tilewise.errors import ArgumentError, ShapeError
-from tilewise.speculation.sampling import _rank, _rules, _seed, _streams
+from tilewise.speculation._rows import rank, rules_of, seed_of, streams_of
 
 __all__ = ["Races"]
 
@@ -55,7 +55,7 @@ class Races:
         if isinstance(vocabulary, bool) or not 1 <= int(vocabulary) < 2**32:
             raise ArgumentError(f"vocabulary: expected a number of tokens in [1, 2^32), got {vocabulary!r}")
         self.vocabulary = int(vocabulary)
-        self._core = _core.Races(_seed(seed), self.vocabulary)
+        self._core = _core.Races(seed_of(seed), self.vocabulary)
 
     def rank(
         self,
@@ -84,12 +84,12 @@ class Races:
             ArgumentError: a setting outside its range, NaN logits, a row whose tokens are all masked.
         """
         array = native("logits", logits)
-        rows, vocabulary = _rank("logits", array, ("B", "V"))
+        rows, vocabulary = rank("logits", array, ("B", "V"))
         if vocabulary != self.vocabulary:
             raise ShapeError(f"logits: expected [B, V = {self.vocabulary}], the vocabulary of these races, got V {vocabulary}")
         if isinstance(count, (bool, np.bool_)) or count < 1:
             raise ArgumentError(f"count: expected at least 1, got {count!r}")
         out, result = like(logits, (rows, int(count)), "int64")
-        rules, streams = _rules(temperature, top_k, top_p, rows), _streams(requests, positions, rows)
+        rules, streams = rules_of(temperature, top_k, top_p, rows), streams_of(requests, positions, rows)
         self._core.rank(array, *rules, *streams, out)
         return result

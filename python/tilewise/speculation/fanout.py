@@ -94,7 +94,7 @@ def geometric_fan_out(acceptance: float, exponent: float, length: int, budget: f
     Example:
         >>> from tilewise.speculation import geometric_fan_out
         >>> geometric_fan_out(0.8, 1.0, 7, 24).round(2)
-        array([3.9 , 3.49, 3.12, 2.79, 2.5 , 2.23, 2.  , 3.99])
+        array([3.9 , 3.49, 3.12, 2.79, 2.49, 2.23, 2.  , 3.99])
     """
     return np.array(
         _core.speculation_geometric(

@@ -17,7 +17,7 @@ import numpy as np
 from tilewise import _core
 from tilewise._arrays import like, native
 from tilewise.errors import ArgumentError
-from tilewise.speculation.sampling import _per_row, _rank
+from tilewise.speculation._rows import per_row, rank
 
 __all__ = ["predict_outcomes", "token_rank"]
 
@@ -47,8 +47,8 @@ def predict_outcomes(logits: Any, count: Any, exclude: Any = None) -> Any:
                [ 0,  2,  3]], dtype=int32)
     """
     array = native("logits", logits)
-    rows, _ = _rank("logits", array, ("B", "V"))
-    counts = _per_row("count", count, rows, "int64")
+    rows, _ = rank("logits", array, ("B", "V"))
+    counts = per_row("count", count, rows, "int64")
     if counts.min(initial=0) < 0:
         raise ArgumentError(f"count: expected integers >= 0, got {counts.min()}")
     width = int(counts.max(initial=0)) if np.ndim(count) else int(count)
@@ -79,11 +79,11 @@ def token_rank(logits: Any, tokens: Any, exclude: Any = None) -> Any:
         array([ 1,  3, -1])
     """
     array = native("logits", logits)
-    rows, _ = _rank("logits", array, ("B", "V"))
+    rows, _ = rank("logits", array, ("B", "V"))
     out, ranks = like(logits, (rows,), "int64")
-    _core.speculation_rank(array, _per_row("tokens", tokens, rows, "int64"), _excluded(exclude, rows), out)
+    _core.speculation_rank(array, per_row("tokens", tokens, rows, "int64"), _excluded(exclude, rows), out)
     return ranks
 
 
 def _excluded(exclude: Any, rows: int) -> np.ndarray | None:
-    return None if exclude is None else _per_row("exclude", exclude, rows, "int64")
+    return None if exclude is None else per_row("exclude", exclude, rows, "int64")

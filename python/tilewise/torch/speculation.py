@@ -24,10 +24,10 @@ from tilewise.speculation import (
     accept,
     correct,
     predict_outcomes,
-    sampling,
     token_probabilities,
     token_rank,
 )
+from tilewise.speculation._rows import per_row, seed_of
 from tilewise.torch._library import define, refuse_device
 
 __all__ = [
@@ -230,7 +230,7 @@ def sample(
     refuse_device(probabilities=probabilities)
     _rank("probabilities", probabilities, 2, "[B, V]")
     return _sample(
-        probabilities.detach(), sampling._seed(seed), *_streams(requests, positions, probabilities.shape[0]), purpose
+        probabilities.detach(), seed_of(seed), *_streams(requests, positions, probabilities.shape[0]), purpose
     )
 
 
@@ -255,9 +255,7 @@ def sample_target(
     refuse_device(logits=logits)
     _rank("logits", logits, 2, "[B, V]")
     rules = _rules(temperature, top_k, top_p, logits.shape[0])
-    return _sample_target(
-        logits.detach(), *rules, sampling._seed(seed), *_streams(requests, positions, logits.shape[0])
-    )
+    return _sample_target(logits.detach(), *rules, seed_of(seed), *_streams(requests, positions, logits.shape[0]))
 
 
 def draft_token(
@@ -291,7 +289,7 @@ def draft_token(
     if laws_dtype not in _LAWS:
         raise ArgumentError(f"laws_dtype: expected 'float64' or 'float32', got {laws_dtype!r}")
     rules, streams = _rules(temperature, top_k, top_p, logits.shape[0]), _streams(requests, positions, logits.shape[0])
-    return Drafted(*_draft_token(logits.detach(), *rules, sampling._seed(seed), *streams, laws_dtype))
+    return Drafted(*_draft_token(logits.detach(), *rules, seed_of(seed), *streams, laws_dtype))
 
 
 def verify(
@@ -331,7 +329,7 @@ def verify(
             logits.detach(),
             *_rules(temperature, top_k, top_p, rows),
             None if draft_lengths is None else _per_row("draft_lengths", draft_lengths, rows, torch.int64),
-            sampling._seed(seed),
+            seed_of(seed),
             *_streams(requests, positions, rows),
             strict,
         )
@@ -403,7 +401,7 @@ def _per_row(name: str, value: Any, rows: int, dtype: torch.dtype) -> torch.Tens
         return value.detach().to(dtype).expand(rows)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not (integral and isinstance(value, float)):
         return torch.full((rows,), value, dtype=dtype)
-    array = sampling._per_row(name, value, rows, "int64" if integral else "float64")
+    array = per_row(name, value, rows, "int64" if integral else "float64")
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 

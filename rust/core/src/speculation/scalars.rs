@@ -10,8 +10,8 @@
 use super::input::{Results, fill, floating, integers, lengths_of, shaped};
 use super::law::{BLOCK, Law, draw, draw_block, draw_within, total};
 use super::process::{Processor, SERIAL, Sampling};
+use super::proposal::{Kind, Proposal, Proposals, acceptance, residual};
 use super::sample::{Row, Streams, block_sums, lawful, laws_dtype, tokens_out};
-use super::verify::{Kind, Proposal, Proposals, acceptance, residual};
 use crate::arch::laws::Lawful;
 use crate::dtype::{Dtype, Real};
 use crate::error::{Error, Result};

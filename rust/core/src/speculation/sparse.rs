@@ -110,7 +110,8 @@ impl<'a> SparseLaws<'a> {
             lanes[index % 8] += weight;
         }
         list.total = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
-        if negative || !((list.total - 1.0).abs() <= NORMALISED) {
+        let near = (list.total - 1.0).abs() <= NORMALISED; // not if it is NaN
+        if negative || !near {
             let got = if negative { "a negative entry".to_string() } else { format!("a sum of {}", list.total) };
             let allowed = format!("probabilities >= 0 that add up to 1 within {NORMALISED}");
             return Err(Error::value(&format!("{}.probabilities[{}]", self.name, place()), allowed, got)

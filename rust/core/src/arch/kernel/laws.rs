@@ -112,7 +112,7 @@ pub(crate) fn rough_mass<T: Float<Acc = f32>>(row: &[T], top: f32, scale: f32) -
         p = p * f + 1.333_355_8e-3;
         p = p * f + 9.618_129e-3;
         p = p * f + 5.550_411e-2;
-        p = p * f + 2.402_265_1e-1;
+        p = p * f + 2.402_265e-1;
         p = p * f + 6.931_472e-1;
         p = p * f + 1.0;
         f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23))
