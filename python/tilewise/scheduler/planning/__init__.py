@@ -4,7 +4,8 @@
 * :mod:`.events`: events with times go in, commands come out;
 * :mod:`.window`: speculated steps, calls in flight, caps;
 * :mod:`.episode`: the machine of one episode;
-* :mod:`.ledger`: tokens by role, kind and fate.
+* :mod:`.ledger`: tokens by role, kind and fate;
+* :mod:`.predictor`: how many steps to speculate, fixed or learnt; :mod:`.model`: a value model in NumPy.
 
 Nothing here reads a clock, sleeps or spawns. :mod:`tilewise.agents` drives the machine with asyncio.
 """
@@ -29,10 +30,13 @@ from tilewise.scheduler.planning.events import (
     Finished,
     Predicted,
     Record,
+    Spent,
     Started,
     Stop,
 )
 from tilewise.scheduler.planning.ledger import Ledger
+from tilewise.scheduler.planning.model import HashedModel, ValueModel
+from tilewise.scheduler.planning.predictor import FixedPredictor, Predictor, ValuePredictor, lambda_return
 from tilewise.scheduler.planning.trajectory import TERMINATE, Handling, Reply, State, Step, Trajectory, exact
 from tilewise.scheduler.planning.window import CallRecord, Caps
 
@@ -55,15 +59,22 @@ __all__ = [
     "Failed",
     "Finish",
     "Finished",
+    "FixedPredictor",
     "Handling",
+    "HashedModel",
     "Ledger",
     "Predicted",
+    "Predictor",
     "Record",
     "Reply",
+    "Spent",
     "Started",
     "State",
     "Step",
     "Stop",
     "Trajectory",
+    "ValueModel",
+    "ValuePredictor",
     "exact",
+    "lambda_return",
 ]

@@ -49,6 +49,7 @@ from tilewise.scheduler.planning.events import (
     Finished,
     Predicted,
     Record,
+    Spent,
     Started,
     Stop,
 )
@@ -180,6 +181,9 @@ class Episode:
         record = self._flying.get(event.call)
         if record is None or not _fits(event, record):
             self.ignored += 1
+            return
+        if isinstance(event, Spent):
+            self.ledger.waste(record.role, event.prompt_tokens, event.generation_tokens)  # type: ignore[arg-type]
             return
         del self._flying[event.call]
         record.end = self._now
@@ -455,8 +459,11 @@ def _fits(event: Event, record: CallRecord) -> bool:
         return record.role in ("approximate", "target")
     if isinstance(event, Predicted):
         return record.role == "predictor"
-    return not isinstance(event, Executed) or record.role == "tool"
+    return not isinstance(event, Executed | Spent) or (record.role == "tool") == isinstance(event, Executed)
 
 
 def _equal(one: Any, other: Any) -> bool:
-    return bool(one == other)
+    try:
+        return bool(one == other)
+    except Exception:  # arrays, for one; "not the same" is safe: it discards, and it does not claim to be lossless
+        return False

@@ -29,6 +29,7 @@ __all__ = [
     "Finished",
     "Predicted",
     "Record",
+    "Spent",
     "Started",
     "Stop",
 ]
@@ -101,13 +102,23 @@ class Abandoned:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """An attempt of a call failed and cost tokens; the call goes on with the next attempt."""
+
+    time: float
+    call: int
+    prompt_tokens: int
+    generation_tokens: int
+
+
+@dataclass(frozen=True)
 class Stop:
     """The caller wants no more: cancel everything."""
 
     time: float
 
 
-Event = Started | Finished | Predicted | Executed | Failed | Cancelled | Abandoned | Stop
+Event = Started | Finished | Predicted | Executed | Failed | Cancelled | Abandoned | Spent | Stop
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,12 @@ class Ledger:
         for kind, count in (("prompt", prompt), ("generation", generation)):
             self.tokens[role, kind, fate] = self.tokens.get((role, kind, fate), 0) + count
 
+    def waste(self, role: Role, prompt: int, generation: int) -> None:
+        """Tokens of a failed attempt of a call that goes on: issued, and completed waste."""
+        for kind, count in (("prompt", prompt), ("generation", generation)):
+            self.issued[role, kind] = self.issued.get((role, kind), 0) + count
+            self.tokens[role, kind, "completed"] = self.tokens.get((role, kind, "completed"), 0) + count
+
     def cancel(self, call: int, role: Role, prompt: int | None, generation: int | None) -> int:
         """A call was cancelled. What is None is not known: the prompt is estimated, see the module.
 
