@@ -14,9 +14,9 @@ keeps them (:func:`tilewise.scheduler.planning.model.recent_words`).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -54,12 +54,14 @@ def lambda_return(rewards: np.ndarray, values: np.ndarray, lambda_: float, gamma
         raise ArgumentError(f"lambda_return: expected rewards and values [n], got {rewards.shape} and {values.shape}")
     if not (0 <= lambda_ <= 1 and 0 <= gamma <= 1):
         raise ArgumentError(f"lambda_return: lambda_ and gamma are in [0, 1], got {lambda_} and {gamma}")
-    returns = np.zeros(rewards.size)
+    returns = []
     after, value = 0.0, 0.0
-    for place in range(rewards.size - 1, -1, -1):
-        after = rewards[place] + gamma * ((1.0 - lambda_) * value + lambda_ * after)
-        returns[place], value = after, values[place]
-    return returns
+    # Python's own numbers: a trajectory is short.
+    for reward, own in zip(reversed(rewards.tolist()), reversed(values.tolist()), strict=True):
+        after = reward + gamma * ((1.0 - lambda_) * value + lambda_ * after)
+        value = own
+        returns.append(after)
+    return np.array(returns[::-1], np.float64)
 
 
 @dataclass(frozen=True)
@@ -256,11 +258,14 @@ class ValuePredictor:
     def fit(self, job: Job) -> Fitted:
         """Train the job's copy: returns are computed with its own values, anew in each epoch."""
         states = [state for trajectory in job.trajectories for state in trajectory]
-        ends = np.cumsum([len(trajectory) for trajectory in job.trajectories])[:-1]
+        ends = [0, *itertools.accumulate(len(trajectory) for trajectory in job.trajectories)]
+        ones = np.ones(len(states))
         losses = []
         for _ in range(job.epochs):
-            pieces: Sequence[np.ndarray] = np.split(job.model.values(states), ends)
-            targets = [lambda_return(np.ones(piece.size), piece, job.lambda_) for piece in pieces]
+            values = job.model.values(states)
+            targets = [
+                lambda_return(ones[begin:end], values[begin:end], job.lambda_) for begin, end in itertools.pairwise(ends)
+            ]
             losses.append(job.model.fit(states, np.concatenate(targets), job.tau))
         return Fitted(job.model, tuple(losses))
 

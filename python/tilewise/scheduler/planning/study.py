@@ -167,6 +167,14 @@ class Study:
             if not row.learns and row.seconds.sum() >= one.seconds.sum() and row.cost.sum() >= one.cost.sum()
         ]  # fmt: skip
 
+    def saving(self, name: str) -> float:
+        """How much less a policy costs than fixed k at the same time: 1 - cost / cost on the line through the fixed
+        policies (straight between neighbours; beyond the fastest or the slowest, that one's cost)."""
+        one = self.row(name)
+        line = sorted((row.seconds.sum(), row.cost.sum()) for row in self.rows if not row.learns)
+        seconds, cost = zip(*line, strict=True)
+        return float(1.0 - one.cost.sum() / np.interp(one.seconds.sum(), seconds, cost))
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         base = "fixed 2" if any(row.name == "fixed 2" for row in self.rows) else self.rows[0].name
@@ -182,6 +190,7 @@ class Study:
                     entry[f"{what}_to_{against}"] = [found.mean, found.low, found.high]
             if row.learns:
                 entry["dominates"] = self.dominated(row.name)
+                entry["saving_at_equal_time"] = self.saving(row.name)
             if row.name in PUBLISHED:
                 entry["published"] = dict(zip(("seconds", "cost", "k"), PUBLISHED[row.name], strict=True))
             rows.append(entry)
