@@ -205,3 +205,25 @@ def mask_show(
     from tilewise.cli.masks import Options, run_show
 
     return run_show(Options(name, queries, keys, block, head, plot, as_json))
+
+
+simulate = typer.Typer(help="Schedulers in virtual time, before anything runs.", no_args_is_help=True)
+app.add_typer(simulate, name="simulate")
+
+
+@simulate.command("planning")
+@_reported
+def simulate_planning(
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds; intervals are over them.")] = 20,
+    tasks: Annotated[int, typer.Option(min=1, help="Tasks of a seed, one after another.")] = 312,
+    most: Annotated[int, typer.Option(min=2, help="Largest fixed k.")] = 10,
+    calls: Annotated[
+        int | None, typer.Option(min=1, help="Most calls in flight; without a limit if not given.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture: cost over time, and one episode.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> int:
+    """Speculative planning of agents: fixed and predicted k, time and cost, beside the published figures."""
+    from tilewise.cli.planning import Options, run
+
+    return run(Options(seeds, tasks, most, calls, plot, as_json))
