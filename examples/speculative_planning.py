@@ -1,9 +1,9 @@
 """Speculative planning with scripted agents and real latencies.
 
-    python examples/speculative_planning.py --tasks 6 --scale 0.01
+    python examples/speculative_planning.py --tasks 16 --scale 0.002
 
-The agents stand for language models: the target takes some 85 ms a step (8.5 s at --scale 1), the approximation 12 ms,
-and says the same thing where the task is easy. One tool has side effects: it runs once for each confirmed step, never
+The agents stand for language models: the target takes some 8.5 s a step at --scale 1, the approximation 1.2 s, and it
+says the same thing where the task is easy. One tool has side effects: it runs once for each confirmed step, never
 for a guess. Prints the time beside the target alone, the token ledger, and what the calls of one episode were used for.
 """
 
@@ -81,8 +81,8 @@ async def play(script: Script, predictor: Any, names: list[str]) -> tuple[float,
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=int, default=6)
-    parser.add_argument("--scale", type=float, default=0.005, help="seconds of real time for a second of the script")
+    parser.add_argument("--tasks", type=int, default=16)
+    parser.add_argument("--scale", type=float, default=0.002, help="seconds of real time for a second of the script")
     parser.add_argument("--plot", help="write a picture of the last episode (needs matplotlib)")
     options = parser.parse_args(arguments)
 
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         cost = ledger.cost(scenario.prices)
         wasted = 1.0 - ledger.cost(scenario.prices, fate="kept") / cost
         found[name] = {"seconds": seconds, "cost": cost, "wasted": wasted, "bookings": script.bookings}
-        print(f"\n{name}: {seconds:.2f} s, {alone / seconds:.2f}x the target alone; ${cost:.4f}, {wasted:.0%} of it wasted")
+        print(f"\n{name}: {seconds:.2f} s, {alone / seconds:.2f}x the target alone; ${cost:.4f}, {wasted:.0%} wasted")
         for role in ("approximate", "target"):
             fates = {fate: ledger.total(role=role, fate=fate) for fate in ("kept", "completed", "cancelled")}
             print(f"  {role:11} tokens: " + ", ".join(f"{count} {fate}" for fate, count in fates.items()))

@@ -29,7 +29,10 @@ from tilewise.scheduler.planning import (
     Step,
 )
 
-PROMPT, GENERATION = {"approximate": 50, "target": 100, "predictor": 9}, {"approximate": 5, "target": 20, "predictor": 1}
+PROMPT, GENERATION = (
+    {"approximate": 50, "target": 100, "predictor": 9},
+    {"approximate": 5, "target": 20, "predictor": 1},
+)
 
 
 def mix(*parts: Any) -> int:

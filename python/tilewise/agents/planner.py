@@ -212,9 +212,7 @@ class _Run:
         self.planned = 0.0
         self.broken: BaseException | None = None
         handling = no_tools if planner.tools is None else planner.tools.guard
-        self.episode = Episode(
-            task, limit=planner.limit, agree=self._agree, handling=handling, caps=planner.caps
-        )
+        self.episode = Episode(task, limit=planner.limit, agree=self._agree, handling=handling, caps=planner.caps)
 
     def now(self) -> float:
         return asyncio.get_running_loop().time() - self.begin

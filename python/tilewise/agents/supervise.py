@@ -98,7 +98,8 @@ class Outcome:
     """How a call ended.
 
     Attributes:
-        kind: ``"answer"`` (see `value`), ``"failed"`` (see `error`), ``"cancelled"`` or ``"abandoned"`` (it still runs).
+        kind: ``"answer"`` (see `value`), ``"failed"`` (see `error`), ``"cancelled"`` or ``"abandoned"`` (still
+            running).
         swallowed: the callee caught a cancellation and went on.
         meter: of the last attempt.
         late: for a stopped call, the value it answered all the same.
@@ -117,7 +118,7 @@ async def supervise(
     stop: asyncio.Future[None],
     *,
     timeout: float | None = None,
-    retry: Retry = Retry(),  # noqa: B008 (frozen)
+    retry: Retry = Retry(),
     patience: float = 1.0,
     check: Callable[[Any], None] = lambda value: None,
     spent: Callable[[Meter], None] = lambda meter: None,

@@ -76,14 +76,15 @@ def _draw(found: dict[str, Any], scenario: Scenario, place: Path) -> None:
 def _report(found: dict[str, Any], options: Options, console: Console) -> None:
     cap = "no cap on calls" if options.calls is None else f"at most {options.calls} calls in flight"
     console.print(
-        f"simulated, {found['scenario']}: {found['seeds']} seeds of {found['tasks']} tasks, {cap}. Latencies, tokens and "
-        "phases are fitted to published figures, not measured."
+        f"simulated, {found['scenario']}: {found['seeds']} seeds of {found['tasks']} tasks, {cap}. Latencies, tokens "
+        "and phases are fitted to published figures, not measured."
     )
     spread = found["mismatch"]
+    linear = found["cost_linearity"]
     console.print(
         f"steps to a mismatch inside a task: max {spread['max']:.2f}, min {spread['min']:.2f}, variance "
-        f"{spread['variance']:.2f}, range {spread['range']:.2f} (published 3.53, 1.60, 1.46, 1.93); cost of fixed k is "
-        f"linear with R² {found['cost_linearity']:.3f}"
+        f"{spread['variance']:.2f}, range {spread['range']:.2f} (published 3.53, 1.60, 1.46, 1.93)"
+        + ("" if linear is None else f"; cost of fixed k is linear with R² {linear:.3f}")
     )
     console.print(f"time and cost: {found['base']} is 1, with the larger half of the 95 % interval over seeds")
     table = Table(box=None, pad_edge=False)
@@ -104,8 +105,8 @@ def _report(found: dict[str, Any], options: Options, console: Console) -> None:
         "saving: how much less than fixed k at the same time."
     )
     console.print(
-        f"\nThe fastest fixed k is {found['fastest']}; the cheapest within 2 % of its time is {found['frugal']}. Predicted "
-        "k against them:"
+        f"\nThe fastest fixed k is {found['fastest']}; the cheapest within 2 % of its time is {found['frugal']}. "
+        "Predicted k against them:"
     )
     against = list(dict.fromkeys((("fastest", found["fastest"]), ("frugal", found["frugal"]))))
     table = Table(box=None, pad_edge=False)

@@ -1,4 +1,6 @@
-"""Dynamic speculative planning: a cheap agent guesses steps ahead, a strong one confirms them, the plan is the strong one's.
+"""Dynamic speculative planning: a cheap agent guesses steps ahead, a strong one confirms them.
+
+The plan is the strong one's, whatever arrives when.
 
 * :mod:`.trajectory`: steps, states and replies; what is learnt from;
 * :mod:`.events`: events with times go in, commands come out;

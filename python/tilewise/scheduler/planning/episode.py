@@ -236,7 +236,7 @@ class Episode:
         """Put what the call cost on the ledger. A failed call is waste at once, any other waits for its fate."""
         if record.role == "tool":
             record.fate = "cancelled" if isinstance(event, Cancelled | Abandoned) else "kept"
-            if record.discarded and record.fate == "kept" or record.failed:
+            if (record.discarded and record.fate == "kept") or record.failed:
                 record.fate = "completed"
             return
         role: Any = record.role

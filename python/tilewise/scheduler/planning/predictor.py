@@ -26,7 +26,7 @@ from tilewise.errors import ArgumentError
 from tilewise.scheduler.planning.model import HashedModel, ValueModel, generator
 from tilewise.scheduler.planning.trajectory import State, Trajectory
 
-__all__ = ["FixedPredictor", "Fitted", "Job", "Predictor", "ValuePredictor", "lambda_return"]
+__all__ = ["Fitted", "FixedPredictor", "Job", "Predictor", "ValuePredictor", "lambda_return"]
 
 
 def lambda_return(rewards: np.ndarray, values: np.ndarray, lambda_: float, gamma: float = 1.0) -> np.ndarray:
@@ -264,7 +264,8 @@ class ValuePredictor:
         for _ in range(job.epochs):
             values = job.model.values(states)
             targets = [
-                lambda_return(ones[begin:end], values[begin:end], job.lambda_) for begin, end in itertools.pairwise(ends)
+                lambda_return(ones[begin:end], values[begin:end], job.lambda_)
+                for begin, end in itertools.pairwise(ends)
             ]
             losses.append(job.model.fit(states, np.concatenate(targets), job.tau))
         return Fitted(job.model, tuple(losses))

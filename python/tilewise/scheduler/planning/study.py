@@ -149,12 +149,13 @@ class Study:
         near = [row for row in self.rows if not row.learns and row.seconds.sum() <= (1 + slack) * best]
         return min(near, key=lambda row: row.cost.sum()).name
 
-    def linearity(self) -> float:
-        """R squared of the straight line through the cost of fixed k, k up to 6."""
+    def linearity(self) -> float | None:
+        """R squared of the straight line through the cost of fixed k, k up to 6; None with fewer than three points, or
+        where the cost is the same for all."""
         found = {int(row.name.split()[1]): row.cost.sum() for row in self.rows if not row.learns}
         points = np.array([(k, cost) for k, cost in sorted(found.items()) if k <= 6])
-        if len(points) < 3:
-            return float("nan")
+        if len(points) < 3 or np.ptp(points[:, 1]) == 0.0:
+            return None
         line = np.polynomial.Polynomial.fit(points[:, 0], points[:, 1], 1)
         left = ((points[:, 1] - line(points[:, 0])) ** 2).sum()
         return float(1.0 - left / ((points[:, 1] - points[:, 1].mean()) ** 2).sum())
