@@ -230,6 +230,27 @@ def test_E19_the_third_target_answers_before_the_first() -> None:
     assert episode.records[5].fate == "completed"
 
 
+def test_nothing_begins_behind_a_mismatch_before_it_is_committed() -> None:
+    episode, _ = start(k=4)
+    episode.handle(Finished(1.0, 2, Reply("a")))
+    episode.handle(Finished(1.5, 4, Reply("b")))
+    out = episode.handle(Finished(2.0, 3, Reply("not b")))  # the second step differs, the first is open
+    assert kinds(out) == ["Cancel", "Cancel"]
+    out = episode.handle(Finished(3.0, 1, Reply("a")))
+    assert kinds(out) == ["Commit", "Commit", "Record", "Ask", "CallTarget", "CallApproximate"]
+
+
+def test_a_target_that_overtakes_ends_the_guess_and_planning_goes_on_from_its_answer() -> None:
+    episode, _ = start(k=4)
+    episode.handle(Finished(1.0, 2, Reply("a")))
+    out = episode.handle(Finished(2.0, 3, Reply("b")))  # of the second step, whose guess and whose past are open
+    assert kinds(out) == ["Cancel", "CallTarget", "CallApproximate"] and out[0].call == 4
+    assert out[1].state.steps[1].action == "b"
+    out = episode.handle(Finished(3.0, 1, Reply("a")))
+    assert [command.agreed for command in out if isinstance(command, Commit)] == [True, None]
+    assert episode.censored == 1  # whether the approximation would have agreed is not known
+
+
 def test_E19_the_approximation_ends_early() -> None:
     episode, _ = start()
     assert episode.handle(Finished(1.0, 2, Reply(TERMINATE))) == []  # nothing is speculated behind it
