@@ -235,3 +235,21 @@ def simulate_confidence(
     return run(
         Options(seeds, questions, traces, window, warmup, slots, tokens, gap, difficulty, against, plot, as_json)
     )
+
+
+@simulate.command("planning")
+@_reported
+def simulate_planning(
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds; intervals are over them.")] = 20,
+    tasks: Annotated[int, typer.Option(min=1, help="Tasks of a seed, one after another.")] = 312,
+    most: Annotated[int, typer.Option(min=2, help="Largest fixed k.")] = 10,
+    calls: Annotated[
+        int | None, typer.Option(min=1, help="Most calls in flight; without a limit if not given.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture: cost over time, and one episode.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> int:
+    """Speculative planning of agents: fixed and predicted k, time and cost, beside the published figures."""
+    from tilewise.cli.planning import Options, run
+
+    return run(Options(seeds, tasks, most, calls, plot, as_json))
