@@ -314,7 +314,8 @@ impl Rounds {
         out.set_item("plan", chosen)?;
         let times = PyDict::new(py);
         times.set_item("target", latency.target.is_known().then(|| latency.target.coefficients().to_vec()))?;
-        times.set_item("draft", latency.draft.is_known().then(|| latency.draft.coefficients().to_vec()))?;
+        times.set_item("build", latency.builds.is_known().then(|| latency.builds.coefficients().to_vec()))?;
+        times.set_item("draft", latency.chains.is_known().then(|| latency.chains.coefficients().to_vec()))?;
         times.set_item("link", (latency.link.seen() > 0).then(|| latency.link.get(0.0)))?;
         times.set_item("stretch", (latency.stretch.seen() > 0).then(|| latency.stretch.get(1.0)))?;
         out.set_item("times", times)?;

@@ -135,7 +135,7 @@ impl Known<'_> {
             let (rate, critical) = self.rate(length, budget, fast);
             Plan { length, budget, fast, rate, critical }
         };
-        let known = self.latency.target.is_known() && (self.per_worker == 0.0 || self.latency.draft.is_known());
+        let known = self.latency.target.is_known() && (self.per_worker == 0.0 || self.latency.drafts_known());
         if !known {
             return Plan { length: settings.draft_length, budget: settings.budget, fast, rate: 0.0, critical: 0.0 };
         }

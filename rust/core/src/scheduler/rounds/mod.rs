@@ -246,7 +246,7 @@ impl Rounds {
 
     /// How long a draft of `want` tokens is expected to take, and how long it is waited for.
     fn waits(&self, want: u32) -> (f64, f64) {
-        if !self.latency.draft.is_known() {
+        if !self.latency.drafts_known() {
             let patience = self.settings.patience.unwrap_or(5.0);
             return (patience, patience);
         }
