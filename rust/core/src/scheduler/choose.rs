@@ -151,7 +151,8 @@ impl Known<'_> {
             let verify = self.latency.verify(self.rows * (f64::from(length) + 1.0), self.rows);
             let most = (f64::from(settings.budget) * self.per_worker).ceil() as u32;
             // The build fits into one verification; smaller if it does not, and the whole budget in case lateness pays.
-            let fits = (f64::from(self.latency.branches_within(verify, depth, most)) / self.per_worker) as u32;
+            let fits = f64::from(self.latency.branches_within(verify, depth, most)) / self.per_worker;
+            let fits = (fits as u32).min(settings.budget);
             for budget in [0, fits, (fits + settings.budget) / 2, settings.budget] {
                 let plan = scored(length, budget);
                 if plan.rate > best.rate {
