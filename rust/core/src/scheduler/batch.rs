@@ -55,7 +55,10 @@ pub fn next(
             let overdue = (since + OVERDUE * expected).min(deadline);
             if now < overdue {
                 group.missing += 1.0;
-                group.wait = group.wait.max((since + expected - now).max(0.25 * expected));
+                let left = since + expected - now;
+                // Just in time it may be here in the next moment; late, nobody knows.
+                let left = if left > -0.05 * expected { left.max(0.0) } else { 0.25 * expected };
+                group.wait = group.wait.max(left);
                 until = until.min(overdue);
             }
         }
