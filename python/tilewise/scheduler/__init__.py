@@ -3,11 +3,16 @@
 The real engine, the simulator (virtual time) and the tests (adversarial orders) drive the same machine. Nothing in this
 package reads a clock, sleeps, spawns or touches a file, and all of it runs with NumPy alone.
 
-* :mod:`tilewise.scheduler.rounds`: :class:`Rounds`, the rounds of speculative decoding with drafts made ahead.
+* :mod:`tilewise.scheduler.rounds`: :class:`Rounds`, the rounds of speculative decoding with drafts made ahead;
+* :mod:`tilewise.scheduler.simulation`: :func:`simulate`, the same machine in virtual time;
+* :mod:`tilewise.scheduler.formulas`: what speculation gives on average, in closed form;
+* :mod:`tilewise.scheduler.plans`: :func:`plan`, from measured times to what to run.
 """
 
 from __future__ import annotations
 
+from tilewise.scheduler import formulas
 from tilewise.scheduler.rounds import Rounds
+from tilewise.scheduler.simulation import Simulation, Times, Toy, simulate
 
-__all__ = ["Rounds"]
+__all__ = ["Rounds", "Simulation", "Times", "Toy", "formulas", "simulate"]

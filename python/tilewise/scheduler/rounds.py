@@ -71,6 +71,8 @@ class Rounds:
         workers: how many draft workers there may be. Each counts from its ``("worker_ready", worker)`` on.
         vocabulary: number of different tokens.
         seed: of the few random choices (when to try what is not known well enough).
+        together: always verify all streams together; otherwise rows that have their chains go ahead of rows that wait
+            for a draft where that is estimated to give more tokens per second.
 
     Raises:
         ArgumentError: a setting out of its range.
@@ -101,6 +103,7 @@ class Rounds:
         workers: int = 1,
         vocabulary: int,
         seed: int = 0,
+        together: bool = False,
     ) -> None:
         values = {"draft_length": draft_length, "budget": budget, "max_batch": max_batch, "workers": workers}
         values |= {"vocabulary": vocabulary, "seed": seed} | ({} if depth is None else {"depth": depth})
@@ -119,6 +122,7 @@ class Rounds:
             workers=workers,
             vocabulary=vocabulary,
             seed=seed,
+            together=together,
         )
 
     def handle(self, now: float, event: tuple[Any, ...]) -> list[tuple[Any, ...]]:

@@ -1,9 +1,9 @@
-//! A draft device: all builds it has advance together, a step at a time; drafts that somebody waits for go first.
+//! A draft device: all builds and all drafts that somebody waits for advance together, a step at a time.
 //!
 //! ```text
-//! next step:   drafts on demand if there are any (one branch each), otherwise builds
-//!              builds that are new: the forward over their chains (glue)
-//!              otherwise one token on each branch of each: draft[0] + draft[1] (branches of all)
+//! next step:   new builds, and no draft is waited for: the forward over their chains (glue)
+//!              otherwise one token on each branch of each job: draft[0] + draft[1] (branches of all),
+//!              and glue for new builds on top
 //! ```
 //! A step that runs is never broken off; a job that was cancelled in it just does not report.
 
@@ -58,7 +58,7 @@ pub struct Device {
     /// Jobs in the order of arrival.
     pub jobs: Vec<Job>,
     /// Jobs of the step that runs, and how long it takes.
-    running: Option<(Vec<(usize, u32, u64, bool)>, bool, f64)>,
+    running: Option<(Vec<(usize, u32, u64, bool)>, f64)>,
     /// Time it worked.
     pub busy: f64,
 }
@@ -74,31 +74,33 @@ impl Device {
             return None;
         }
         let wanted = self.jobs.iter().any(|job| job.wanted);
-        let jobs: Vec<&Job> = self.jobs.iter().filter(|job| job.wanted == wanted).collect();
-        let glue = jobs.iter().any(|job| !job.glued);
-        let jobs: Vec<&Job> = jobs.into_iter().filter(|job| job.glued != glue).collect();
-        let branches: usize = jobs.iter().map(|job| job.branches.len()).sum();
-        let seconds = if glue { times.glue } else { times.draft[0] + times.draft[1] * branches as f64 };
-        self.running = Some((jobs.into_iter().map(name).collect(), glue, seconds));
+        let new = self.jobs.iter().any(|job| !job.glued);
+        let token: usize = self.jobs.iter().filter(|job| job.glued).map(|job| job.branches.len()).sum();
+        let only_glue = new && !wanted;
+        let mut seconds = if new { times.glue } else { 0.0 };
+        if !only_glue {
+            seconds += times.draft[0] + times.draft[1] * token as f64;
+        }
+        let jobs: Vec<&Job> = self.jobs.iter().filter(|job| !job.glued || !only_glue).collect();
+        self.running = Some((jobs.into_iter().map(name).collect(), seconds));
         self.busy += seconds;
         Some(seconds)
     }
 
     /// The step that runs is over; the jobs that it advanced by a token (their places).
     pub fn step(&mut self) -> Vec<usize> {
-        let Some((names, glue, seconds)) = self.running.take() else { return Vec::new() };
+        let Some((names, seconds)) = self.running.take() else { return Vec::new() };
         let mut advanced = Vec::new();
         for (place, job) in self.jobs.iter_mut().enumerate() {
             if !names.contains(&name(job)) {
                 continue;
             }
             job.spent += seconds;
-            if glue {
-                job.glued = true;
-            } else {
+            if job.glued {
                 job.done += 1;
                 advanced.push(place);
             }
+            job.glued = true;
         }
         advanced
     }

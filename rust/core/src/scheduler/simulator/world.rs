@@ -139,7 +139,7 @@ impl<'a> World<'a> {
         let mut count = 0u64;
         while self.tokens < self.config.tokens {
             count += 1;
-            if count % 4096 == 0 && interrupted() {
+            if count % (1 << 15) == 0 && interrupted() {
                 return Err(Error::Interrupted);
             }
             let ticks = self.machines.iter().enumerate().filter_map(|(i, m)| m.next_deadline().map(|time| (time, i)));
