@@ -12,7 +12,8 @@ package reads a clock, sleeps, spawns or touches a file, and all of it runs with
 from __future__ import annotations
 
 from tilewise.scheduler import formulas
+from tilewise.scheduler.plans import Measurements, Plan, plan
 from tilewise.scheduler.rounds import Rounds
 from tilewise.scheduler.simulation import Simulation, Times, Toy, simulate
 
-__all__ = ["Rounds", "Simulation", "Times", "Toy", "formulas", "simulate"]
+__all__ = ["Measurements", "Plan", "Rounds", "Simulation", "Times", "Toy", "formulas", "plan", "simulate"]

@@ -36,7 +36,9 @@ def outcome_law(acceptance: Any, length: int) -> np.ndarray:
         >>> outcome_law(0.5, 2)
         array([0.5 , 0.25, 0.25])
     """
-    rates = np.broadcast_to(np.asarray(acceptance, np.float64)[..., :length] if np.ndim(acceptance) else acceptance, (length,))
+    rates = np.broadcast_to(
+        np.asarray(acceptance, np.float64)[..., :length] if np.ndim(acceptance) else acceptance, (length,)
+    )
     reached = np.concatenate([[1.0], np.cumprod(rates)])
     return reached * np.concatenate([1.0 - rates, [1.0]])
 

@@ -110,7 +110,9 @@ class Rounds:
         for name, value in values.items():
             most = 2**64 if name == "seed" else 2**32
             if isinstance(value, bool) or not 0 <= value < most:
-                raise ArgumentError(f"{name}: expected an integer in [0, 2^{64 if name == 'seed' else 32}), got {value!r}")
+                raise ArgumentError(
+                    f"{name}: expected an integer in [0, 2^{64 if name == 'seed' else 32}), got {value!r}"
+                )
         self._core = _core.Rounds(
             draft_length=draft_length,
             budget=budget,

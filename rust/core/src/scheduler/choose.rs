@@ -127,12 +127,13 @@ impl Known<'_> {
     /// `explore`: not plain steps, so that what drafts are worth stays known.
     pub fn plan(&self, present: Option<Plan>, explore: bool) -> Plan {
         let settings = self.settings;
-        let mut fast = self.fast_length();
+        let usual = self.fast_length();
+        let mut fast = usual;
         if explore || self.learner.fast_tried() < 16.0 {
             fast = fast.max(settings.draft_length.min(4)); // what fast chains give is only known from trying
         }
         let scored = |length: u32, budget: u32| {
-            let (rate, critical) = self.rate(length, budget, fast);
+            let (rate, critical) = self.rate(length, budget, usual);
             Plan { length, budget, fast, rate, critical }
         };
         let known = self.latency.target.is_known() && (self.per_worker == 0.0 || self.latency.draft.is_known());

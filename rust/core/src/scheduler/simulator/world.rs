@@ -20,6 +20,8 @@ enum Item {
     Arrive(usize, Job),
     /// A device is told that a build is of no use; none: that a stream is.
     Cancel(usize, usize, u32, Option<u64>),
+    /// A device starts its next step: after all that reaches it at the same moment.
+    Begin(usize),
     /// A device finishes a step.
     Step(usize),
 }
@@ -182,6 +184,7 @@ impl<'a> World<'a> {
                     self.report_built(&job);
                 }
             }
+            Item::Begin(device) => self.begin(device),
             Item::Step(device) => self.step(device),
         }
         Ok(())
@@ -414,7 +417,7 @@ impl<'a> World<'a> {
             }
         }
         self.devices[device].jobs.push(job);
-        self.begin(device);
+        self.at(self.now, Item::Begin(device));
     }
 
     fn begin(&mut self, device: usize) {
@@ -435,7 +438,7 @@ impl<'a> World<'a> {
         for job in over {
             if job.wanted { self.report_drafted(job) } else { self.report_built(&job) }
         }
-        self.begin(device);
+        self.at(self.now, Item::Begin(device));
     }
 
     fn extend(&mut self, job: &mut Job) {
