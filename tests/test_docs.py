@@ -31,7 +31,7 @@ def public_modules() -> list[str]:
 
 
 def load(name: str) -> ModuleType:
-    if name.startswith(("tilewise.torch", "tilewise.hf", "tilewise.cli")):
+    if name.startswith(("tilewise.torch", "tilewise.hf", "tilewise.cli", "tilewise.agents.torch_predictor")):
         pytest.importorskip("torch")
     return importlib.import_module(name)
 

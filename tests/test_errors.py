@@ -5,6 +5,7 @@ One row, one mistake a user makes. A message names the argument, what was passed
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import json
 import os
@@ -24,6 +25,7 @@ import tilewise
 import tilewise.hf
 from tilewise import _core, errors, plot
 from tilewise import speculation as spec
+from tilewise.agents import Caps, FixedPredictor, Reply, SpeculativePlanner, State
 from tilewise.attention import attention
 from tilewise.bench.moe import Problem, Shape
 from tilewise.cuda import moe as cuda_moe
@@ -36,6 +38,7 @@ from tilewise.errors import (
     KernelError,
     MissingExtraError,
     ModelNotFoundError,
+    ReplyError,
     ShapeError,
     TilewiseError,
     UnsupportedError,
@@ -80,6 +83,7 @@ BUILTINS: dict[type[Exception], type[Exception]] = {
     KernelError: RuntimeError,
     MissingExtraError: ImportError,
     ModelNotFoundError: FileNotFoundError,
+    ReplyError: RuntimeError,
     ShapeError: ValueError,
     TypeError: TypeError,
     UnsupportedError: NotImplementedError,
@@ -136,6 +140,15 @@ def cuda_capsule() -> Any:
             return capsule
 
     return Exporter()
+
+
+def no_action() -> None:
+    """A target whose answers cannot be read ends the plan."""
+
+    async def agent(state: State) -> Reply:
+        return Reply(None)
+
+    asyncio.run(SpeculativePlanner(agent, agent, 1).run("task"))
 
 
 def in_process(code: str) -> Callable[[], None]:
@@ -848,6 +861,9 @@ FRONTS = [
         ArgumentError,
         ("top_k:", "1..=2", "got 3"),
     ),
+    Row("planning: no action", no_action, ReplyError, ("holds no action", "Reply.action is None")),
+    Row("planning: cap", lambda: Caps(total=0), ArgumentError, ("Caps: total", "1 or more", "got 0")),
+    Row("planning: k", lambda: FixedPredictor(0), ArgumentError, ("k is a number of steps", "1 or more", "got 0")),
     Row("bench: dtype", lambda: Problem.make(Shape(1, 1, 1, 1, 1), "int8"), ArgumentError, ("float32", "'int8'")),
 ]
 

@@ -59,6 +59,12 @@ def test_import_loads_nothing_heavy() -> None:
         "errors",
         "reference",
         "plot",
+        "plots.confidence",
+        "scheduler.confidence",
+        "scheduler.confidence_study",
+        "scheduler.paths",
+        "scheduler.stopping",
+        "scheduler.voting",
         "bench",
     ],
 )

@@ -111,6 +111,17 @@ def frames(q: int, k: int) -> bool:
     return k < 4 or q < 4 or abs((q - 4) % 20 - (k - 4) % 20) < 1 * 20 // 4
 
 
+def part(index: int) -> int:
+    """Prompt, three paths, padding, summary."""
+    return next(label for label, end in ((1, 4), (2, 20), (3, 28), (4, 44), (0, 48), (-1, 64)) if index < end)
+
+
+def packed_paths(q: int, k: int) -> bool:
+    if k > q or 0 in (part(q), part(k)):
+        return False
+    return part(q) == -1 or part(k) in (1, part(q))
+
+
 RULES: dict[str, Any] = {
     "batchify": lambda q, k: q // 16 == k // 16 and k <= q,
     "block_diffusion": diffusion,
@@ -126,6 +137,7 @@ RULES: dict[str, Any] = {
     "natten_morton": lambda q, k: near((16, 16), (5, 5), morton(q), morton(k)),
     "natten_tiled": lambda q, k: near((12, 12), (5, 5), tiled(q), tiled(k)),
     "packed_causal_document": lambda q, k: same_document(q, k) and k <= q,
+    "parallel_paths": packed_paths,
     "prefix_lm": lambda q, k: k < 16 or k <= q,
     "shared_prefix": prefixed,
     "sliding_tile": sliding_tile,

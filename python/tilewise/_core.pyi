@@ -8,13 +8,21 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypedDict, final, type_check_only
 
 __all__ = [
+    "Races",
+    "NGramIndex",
+    "OutcomeCache",
+    "RankCurve",
+    "ConfidenceWindows",
     "Rounding",
     "Rounds",
+    "SuffixIndex",
     "attention_backward",
     "attention_forward",
     "block_mask",
     "block_mask_transpose",
     "build_info",
+    "confidence_tokens",
+    "confidence_traces",
     "cuda_files",
     "cuda_source",
     "experts",
@@ -37,15 +45,23 @@ __all__ = [
     "scheduler_critical_batch",
     "scheduler_simulate",
     "set_num_threads",
+    "speculation_accept",
+    "speculation_correct",
+    "speculation_geometric",
+    "speculation_geometric_miss",
     "speculation_law",
+    "speculation_predict",
     "speculation_process",
+    "speculation_rank",
     "speculation_sample_laws",
     "speculation_sample_logits",
+    "speculation_token_probabilities",
     "speculation_verify",
+    "speculation_water_fill",
     "uniform",
 ]
 
-_Purpose = Literal["draft", "accept", "residual", "target", "other", "round", "schedule"]
+_Purpose = Literal["draft", "accept", "residual", "target", "other", "round"]
 
 @type_check_only
 class _Array(Protocol):
@@ -215,11 +231,15 @@ def speculation_sample_logits(
     purpose: _Purpose,
     tokens: _Array,
     laws: _Array | None = None,
+    ids: _Array | None = None,
+    saguaro: _Array | None = None,
+    fan_out: _Array | None = None,
 ) -> None: ...
 def speculation_verify(
     draft_tokens: _Array,
     draft_lengths: _Array | None,
     draft_laws: _Array | None,
+    draft_ids: _Array | None,
     logits: _Array,
     temperature: _Array,
     top_k: _Array,
@@ -235,6 +255,7 @@ def speculation_law(
     draft_tokens: _Array,
     draft_lengths: _Array | None,
     draft_laws: _Array | None,
+    draft_ids: _Array | None,
     logits: _Array,
     temperature: _Array,
     top_k: _Array,
@@ -243,8 +264,79 @@ def speculation_law(
     acceptance: _Array,
     corrections: _Array,
 ) -> None: ...
+def speculation_token_probabilities(
+    draft_tokens: _Array,
+    draft_lengths: _Array | None,
+    logits: _Array,
+    temperature: _Array,
+    top_k: _Array,
+    top_p: _Array,
+    out: _Array,
+) -> None: ...
+def speculation_accept(
+    draft: _Array,
+    target: _Array,
+    draft_lengths: _Array | None,
+    seed: int,
+    requests: _Array,
+    positions: _Array,
+    accepted: _Array,
+) -> None: ...
+def speculation_correct(
+    target: _Array,
+    rules: tuple[_Array, _Array, _Array] | None,
+    accepted: _Array,
+    refused: _Array,
+    draft_laws: _Array | None,
+    draft_ids: _Array | None,
+    seed: int,
+    requests: _Array,
+    positions: _Array,
+    tokens: _Array,
+) -> None: ...
+def speculation_predict(logits: _Array, exclude: _Array | None, counts: _Array, ids: _Array) -> None: ...
+def speculation_rank(logits: _Array, tokens: _Array, exclude: _Array | None, ranks: _Array) -> None: ...
+def speculation_geometric(acceptance: float, exponent: float, length: int, budget: float) -> list[float]: ...
+def speculation_geometric_miss(acceptance: float, exponent: float, fan_out: Sequence[float]) -> float: ...
+def speculation_water_fill(
+    outcome_weights: Sequence[float], curves: Sequence[RankCurve], budget: int, most: Sequence[int]
+) -> list[int]: ...
 
-# The scheduler (rust/python/src/scheduler.rs). Events and commands: tilewise.scheduler.rounds.
+@final
+class OutcomeCache:
+    def __new__(cls) -> OutcomeCache: ...
+    def insert(self, stream: int, round: int, accepted: int, token: int, entry: Any) -> Any: ...
+    def take(self, stream: int, round: int, accepted: int, token: int) -> Any: ...
+    def get(self, stream: int, round: int, accepted: int, token: int) -> Any: ...
+    def retire(self, stream: int, round: int) -> list[Any]: ...
+    def forget(self, stream: int) -> list[Any]: ...
+    def __len__(self) -> int: ...
+
+@final
+class RankCurve:
+    def __new__(cls, exponent: float, prior_weight: float, memory: float) -> RankCurve: ...
+    def observe(self, rank: int | None) -> None: ...
+    def hit(self, guesses: int) -> float: ...
+    def gain(self, guesses: int) -> float: ...
+    def observations(self) -> float: ...
+
+@final
+class NGramIndex:
+    def __new__(cls, longest: int, shortest: int) -> NGramIndex: ...
+    def extend(self, tokens: Sequence[int]) -> None: ...
+    def truncate(self, length: int) -> None: ...
+    def propose(self, count: int) -> tuple[list[int], int]: ...
+    def __len__(self) -> int: ...
+
+@final
+class SuffixIndex:
+    def __new__(cls, longest: int, shortest: int) -> SuffixIndex: ...
+    def extend(self, tokens: Sequence[int]) -> None: ...
+    def truncate(self, length: int) -> None: ...
+    def propose(self, count: int) -> tuple[list[int], int]: ...
+    def __len__(self) -> int: ...
+
+# scheduler
 @final
 class Rounds:
     def __new__(
@@ -291,3 +383,36 @@ def scheduler_simulate(
     together: bool,
     log: bool,
 ) -> dict[str, Any]: ...
+
+@final
+class Races:
+    def __new__(cls, seed: int, vocabulary: int) -> Races: ...
+    def rank(
+        self,
+        logits: _Array,
+        temperature: _Array,
+        top_k: _Array,
+        top_p: _Array,
+        requests: _Array,
+        positions: _Array,
+        out: _Array,
+    ) -> None: ...
+
+# confidence of reasoning traces
+def confidence_tokens(logits: _Array, top_k: int, out: _Array) -> None: ...
+def confidence_traces(
+    values: _Array,
+    lengths: _Array | None,
+    window: int,
+    tail: int,
+    fraction: float,
+    metrics: _Array,
+    tokens: _Array | None = None,
+    groups: _Array | None = None,
+) -> None: ...
+
+@final
+class ConfidenceWindows:
+    def __new__(cls, rows: int, window: int) -> ConfidenceWindows: ...
+    def update(self, rows: _Array, values: _Array | None, out: _Array) -> None: ...
+    def reset(self, rows: _Array) -> None: ...

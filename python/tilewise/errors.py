@@ -14,6 +14,7 @@ __all__ = [
     "KernelError",
     "MissingExtraError",
     "ModelNotFoundError",
+    "ReplyError",
     "ShapeError",
     "TilewiseError",
     "UnsupportedError",
@@ -51,6 +52,10 @@ class VocabularyError(TilewiseError, ValueError):
 
 class ModelNotFoundError(TilewiseError, FileNotFoundError):
     """A model directory does not exist or holds no model."""
+
+
+class ReplyError(TilewiseError, RuntimeError):
+    """An agent's call ended without an answer that can be used."""
 
 
 class MissingExtraError(TilewiseError, ImportError):

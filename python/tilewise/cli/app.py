@@ -205,3 +205,51 @@ def mask_show(
     from tilewise.cli.masks import Options, run_show
 
     return run_show(Options(name, queries, keys, block, head, plot, as_json))
+
+
+simulate = typer.Typer(help="Schedulers in virtual time, and what they save.", no_args_is_help=True)
+app.add_typer(simulate, name="simulate")
+
+
+@simulate.command("confidence")
+@_reported
+def simulate_confidence(
+    seeds: Annotated[int, typer.Option(min=1, help="Independent worlds; intervals are over them.")] = 20,
+    questions: Annotated[int, typer.Option(min=1, help="Questions of a seed.")] = 60,
+    traces: Annotated[int, typer.Option(min=1, help="Traces of a question at most: the budget.")] = 64,
+    window: Annotated[int, typer.Option(min=1, help="Tokens of a confidence group.")] = 256,
+    warmup: Annotated[int, typer.Option(min=1, help="Traces that run to their end first.")] = 16,
+    slots: Annotated[int, typer.Option(min=1, help="Traces that run at once.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a typical trace.")] = 1200,
+    gap: Annotated[
+        float, typer.Option(min=0.0, help="How much confidence tells of a trace's reliability; 0 is nothing.")
+    ] = 6.0,
+    difficulty: Annotated[float, typer.Option(help="Mean reliability of a trace, in (0, 1).")] = 0.55,
+    against: Annotated[str, typer.Option(help="The policy that all are compared with.")] = "majority",
+    plot: Annotated[Path | None, typer.Option(help="Write a picture: policies, traces, a vote.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> int:
+    """Reasoning traces of known reliability: votes, early stopping, accuracy and tokens with intervals."""
+    from tilewise.cli.confidence import Options, run
+
+    return run(
+        Options(seeds, questions, traces, window, warmup, slots, tokens, gap, difficulty, against, plot, as_json)
+    )
+
+
+@simulate.command("planning")
+@_reported
+def simulate_planning(
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds; intervals are over them.")] = 20,
+    tasks: Annotated[int, typer.Option(min=1, help="Tasks of a seed, one after another.")] = 312,
+    most: Annotated[int, typer.Option(min=2, help="Largest fixed k.")] = 10,
+    calls: Annotated[
+        int | None, typer.Option(min=1, help="Most calls in flight; without a limit if not given.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture: cost over time, and one episode.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> int:
+    """Speculative planning of agents: fixed and predicted k, time and cost, beside the published figures."""
+    from tilewise.cli.planning import Options, run
+
+    return run(Options(seeds, tasks, most, calls, plot, as_json))

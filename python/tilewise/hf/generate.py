@@ -139,24 +139,20 @@ class SpeculativeDecoder:
         confidence: float = 0.0,
         threads: int | None = None,
     ):
-        if threads is not None and threads < 1:
-            raise ArgumentError(f"threads must be at least 1, got {threads}; None chooses")
         if draft_length < 1:
             raise ArgumentError(f"draft_length must be at least 1, got {draft_length}; without a draft pass draft=None")
         if not 0.0 <= confidence <= 1.0:
             raise ArgumentError(f"confidence must lie in [0, 1], got {confidence}")
         for role, model in (("target", target), ("draft", draft)):
             if model is not None:
-                _check(role, model)
-        if threads is None and sum(parameter.numel() for parameter in target.parameters()) < _SMALL:
-            threads = 1
-        self._threads = threads
+                check_model(role, model)
+        self._threads = step_threads(target, threads)
         self.stats = Stats()
         self._start_target = runners(target, rollback=draft is not None)
         self._start_draft = None if draft is None else runners(draft, rollback=True, lean=True)
-        self._target_size, self._context = _sizes(target)
+        self._target_size, self._context = model_sizes(target)
         if draft is not None:
-            draft_size, draft_context = _sizes(draft)
+            draft_size, draft_context = model_sizes(draft)
             self._context = min(self._context, draft_context)
             if draft_size != self._target_size:
                 raise VocabularyError(
@@ -193,7 +189,7 @@ class SpeculativeDecoder:
             ArgumentError: an empty prompt, token ids outside the vocabulary, or more positions than the models know.
             ShapeError: more than one sequence.
         """
-        prompt = _prompt(input_ids, self._target_size)
+        prompt = as_prompt(input_ids, self._target_size)
         if max_new_tokens < 0:
             raise ArgumentError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
         if len(prompt) + max_new_tokens > self._context:
@@ -210,7 +206,7 @@ class SpeculativeDecoder:
         began = time.perf_counter()
         target = self._start_target()
         draft = None if self._start_draft is None else self._start_draft()
-        with _computing(self._threads):
+        with computing(self._threads):
             logits = target.feed(tokens, last=1)
             if draft is not None and len(tokens) > 1:
                 draft.feed(tokens[:-1], last=1)
@@ -233,7 +229,7 @@ class SpeculativeDecoder:
         """One step of the target: the tokens it commits, between one and ``wanted``."""
         stats, clock, known = self.stats, time.perf_counter, len(tokens)
         began = clock()
-        with _computing(self._threads):
+        with computing(self._threads):
             drafted: list[int] = []
             laws = None
             # The target adds one token of its own, so the last token wanted needs no draft.
@@ -263,7 +259,7 @@ class SpeculativeDecoder:
         chain = 1.0
         feed = tokens[draft.length :]
         while True:
-            row = _rows(draft.feed(feed, last=1))
+            row = as_rows(draft.feed(feed, last=1))
             if self._greedy:
                 token = int(row[0].argmax())
                 if self._confidence > 0.0:
@@ -287,7 +283,7 @@ class SpeculativeDecoder:
         result = speculation.verify(
             np.array([drafted], dtype=np.int64),
             laws,
-            _rows(logits)[None],
+            as_rows(logits)[None],
             **self._rules,
             seed=self._seed,
             requests=request,
@@ -297,7 +293,7 @@ class SpeculativeDecoder:
 
 
 @contextmanager
-def _computing(threads: int | None) -> Iterator[None]:
+def computing(threads: int | None) -> Iterator[None]:
     """Inference mode and torch's threads for the models alone: neither may be left on while the consumer runs."""
     before = torch.get_num_threads()
     if threads is not None:
@@ -309,12 +305,26 @@ def _computing(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _rows(logits: Tensor) -> NDArray[np.floating]:
+def step_threads(target: PreTrainedModel, threads: int | None) -> int | None:
+    """Torch's threads during a step of the target; None leaves them.
+
+    Raises:
+        ArgumentError: fewer than one.
+    """
+    if threads is not None and threads < 1:
+        raise ArgumentError(f"threads must be at least 1, got {threads}; None chooses")
+    if threads is None and sum(parameter.numel() for parameter in target.parameters()) < _SMALL:
+        return 1
+    return threads
+
+
+def as_rows(logits: Tensor) -> NDArray[np.floating]:
     """Logits as NumPy sees them, without a copy; half precisions are widened, which is exact."""
     return (logits if logits.dtype in (torch.float32, torch.float64) else logits.float()).numpy()
 
 
-def _check(role: str, model: PreTrainedModel) -> None:
+def check_model(role: str, model: PreTrainedModel) -> None:
+    """Refuses models in training mode, or not on the CPU."""
     if model.training:
         raise ArgumentError(f"the {role} is in training mode; call model.eval()")
     devices = sorted({str(parameter.device) for parameter in model.parameters() if parameter.device.type != "cpu"})
@@ -322,12 +332,14 @@ def _check(role: str, model: PreTrainedModel) -> None:
         raise DeviceError(f"the {role} is on {', '.join(devices)}; the decoder runs on the CPU: call model.cpu()")
 
 
-def _sizes(model: PreTrainedModel) -> tuple[int, int]:
+def model_sizes(model: PreTrainedModel) -> tuple[int, int]:
+    """Tokens and positions that a model knows."""
     config = model.config.get_text_config(decoder=True)
     return int(config.vocab_size), int(getattr(config, "max_position_embeddings", None) or 2**62)
 
 
-def _prompt(input_ids: Tensor | Sequence[int], vocabulary: int) -> list[int]:
+def as_prompt(input_ids: Tensor | Sequence[int], vocabulary: int) -> list[int]:
+    """One checked prompt."""
     if isinstance(input_ids, Tensor):
         if input_ids.dim() == 2 and input_ids.shape[0] == 1:
             input_ids = input_ids[0]

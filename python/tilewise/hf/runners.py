@@ -11,13 +11,16 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from tilewise import torch as twt
+from tilewise import _core
+from tilewise.attention.rules import Rules
 from tilewise.errors import UnsupportedError
 
 __all__ = ["LeanLlama", "LeanLlamaRunner", "ModuleRunner", "Runner", "runners"]
@@ -27,8 +30,13 @@ class Runner(Protocol):
     """One sequence in one model. Tokens are fed once; their keys and values stay until they are truncated."""
 
     vocab_size: int
-    length: int
+    tokens: list[int]
     """Tokens fed and kept."""
+
+    @property
+    def length(self) -> int:
+        """Their number."""
+        ...
 
     def feed(self, tokens: Sequence[int], last: int | None = None) -> Tensor:
         """Append tokens; returns logits ``[len(tokens), V]``, or of the ``last`` of them only."""
@@ -67,7 +75,7 @@ class ModuleRunner:
             )
         self.model = model
         self.vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
-        self.length = 0
+        self.tokens: list[int] = []
         self._cache: Any = DynamicCache(config=model.config)
         if rollback:
             self._allow_rollback()
@@ -82,6 +90,21 @@ class ModuleRunner:
         )
         self._positions = torch.arange(0)
         self._triangle = torch.ones(0, 0, dtype=torch.bool)
+
+    @property
+    def length(self) -> int:
+        """How many tokens were fed and kept."""
+        return len(self.tokens)
+
+    @property
+    def layers(self) -> list[Any]:
+        """The layers of the cache."""
+        return self._cache.layers
+
+    @property
+    def plain(self) -> bool:
+        """Whether every layer keeps every key and takes a bool mask."""
+        return self._plain
 
     def _allow_rollback(self) -> None:
         layers = self._cache.layers
@@ -117,8 +140,29 @@ class ModuleRunner:
             use_cache=True,
             logits_to_keep=0 if last is None else last,
         )
-        self.length = end
+        self.tokens += tokens
         return output.logits[0]
+
+    def feed_rows(self, tokens: Sequence[int], positions: Sequence[int], mask: NDArray[np.bool_]) -> Tensor:
+        """Append tokens at any positions ``[m]`` that see what ``mask [m, keys]`` says; see :mod:`.engine.rows`.
+
+        They are not counted in `tokens` until :meth:`keep` says which keys stay.
+        """
+        output = self.model(
+            input_ids=torch.tensor([tokens]),
+            attention_mask=torch.from_numpy(mask)[None, None],
+            position_ids=torch.tensor([positions]),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return output.logits[0]
+
+    def keep(self, slots: list[int], tokens: list[int]) -> None:
+        """Of the keys, keep those in `slots`, in that order; the sequence is now `tokens`."""
+        index = torch.tensor(slots, dtype=torch.long)
+        for layer in self._cache.layers:
+            layer.keys, layer.values = layer.keys.index_select(-2, index), layer.values.index_select(-2, index)
+        self.tokens = tokens
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from ``length`` on."""
@@ -126,7 +170,7 @@ class ModuleRunner:
         # Negative is "remove so many" in every transformers 5; sliding layers also want to hear of a zero.
         if surplus > 0 or self._slides:
             self._cache.crop(-surplus)
-        self.length = length
+        del self.tokens[length:]
 
 
 class LeanLlama:
@@ -188,10 +232,10 @@ class LeanLlama:
         return (
             layer.input_layernorm.weight.detach(),
             torch.cat([paired(attention.q_proj.weight), paired(attention.k_proj.weight), value]),
-            attention.o_proj.weight.detach().t(),
+            attention.o_proj.weight.detach(),
             layer.post_attention_layernorm.weight.detach(),
             torch.cat([mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()]),
-            mlp.down_proj.weight.detach().t(),
+            mlp.down_proj.weight.detach(),
         )
 
     def turns(self, length: int) -> Tensor:
@@ -208,7 +252,7 @@ class LeanLlamaRunner:
     def __init__(self, model: LeanLlama):
         self.model = model
         self.vocab_size = model.vocab_size
-        self.length = 0
+        self.tokens: list[int] = []
         self._room = 0
         self._turns = torch.empty(0)
         self._caches: list[Tensor] = []
@@ -224,33 +268,80 @@ class LeanLlamaRunner:
             # [keys and values, key heads, room, width]; attention reads both as they lie.
             cache = model.embedding.new_empty((2, model.key_heads, self._room, model.width))
             if old:
-                cache[:, :, : self.length] = old[index][:, :, : self.length]
+                cache[:, :, : old[index].shape[2]] = old[index]
             self._caches.append(cache)
+
+    @property
+    def length(self) -> int:
+        """How many tokens were fed and kept."""
+        return len(self.tokens)
 
     def feed(self, tokens: Sequence[int], last: int | None = None) -> Tensor:
         """Append tokens; returns logits ``[len(tokens), V]``, or of the ``last`` of them only."""
-        count, begin = len(tokens), self.length
+        begin = self.length
+        self._grow(begin + len(tokens))
+        turns = self._turns[begin : begin + len(tokens)]
+        logits = self._compute(tokens, turns, begin, None, last)
+        self.tokens += tokens
+        return logits
+
+    def feed_rows(
+        self, tokens: Sequence[int], positions: Sequence[int], begin: int, mask: NDArray[np.bool_]
+    ) -> Tensor:
+        """Tokens at any positions ``[m]``, into the slots from `begin` on, that see what ``mask [m, slots]`` says.
+
+        They are not counted in `tokens` until :meth:`move` makes some of them the sequence.
+        """
+        self._grow(begin + len(tokens))
+        return self._compute(tokens, self._turns[list(positions)], begin, mask, None)
+
+    def move(self, slots: list[int], to: int, tokens: list[int]) -> None:
+        """Behind the first `to` keys come those in `slots`; the sequence is now `tokens`."""
+        index = torch.tensor(slots, dtype=torch.long)
+        for cache in self._caches:
+            cache[:, :, to : to + len(slots)] = cache.index_select(2, index)
+        self.tokens = tokens
+
+    def _compute(
+        self, tokens: Sequence[int], turns: Tensor, begin: int, mask: NDArray[np.bool_] | None, last: int | None
+    ) -> Tensor:
+        count = len(tokens)
         end = begin + count
-        self._grow(end)
         model = self.model
         queries, width, hidden, eps = model.heads, model.width, model.hidden, model.eps
         rotated = (queries + model.key_heads) * width
-        turns = self._turns[begin:end]
+        rules = Rules(
+            scale=width**-0.5,
+            causal=mask is None and count > 1,
+            mask=None if mask is None else np.broadcast_to(mask, (1, queries, count, end)),
+        )
+        attended = model.embedding.new_empty((1, count, queries, width)).transpose(1, 2)
+        lse = model.embedding.new_empty((1, queries, count))
         x = functional.embedding(torch.tensor(tokens), model.embedding)
+        product = functional.linear if count < 4 else _product
         for (norm1, qkv, out, norm2, gate_up, down), cache in zip(model.layers, self._caches, strict=True):
-            mixed = functional.linear(functional.rms_norm(x, hidden, norm1, eps), qkv)
+            mixed = product(functional.rms_norm(x, hidden, norm1, eps), qkv)
             torch.view_as_complex(mixed[:, :rotated].view(count, -1, width // 2, 2)).mul_(turns)
             heads = mixed.view(count, -1, width).transpose(0, 1)
             cache[:, :, begin:end].copy_(heads[queries:].unflatten(0, (2, -1)))
-            attended = twt.attention(heads[None, :queries], cache[0:1, :, :end], cache[1:2, :, :end], causal=count > 1)
-            x = torch.addmm(x, attended.transpose(1, 2).reshape(count, -1), out)
-            gate, up = functional.linear(functional.rms_norm(x, hidden, norm2, eps), gate_up).chunk(2, dim=-1)
-            x = torch.addmm(x, functional.silu(gate).mul_(up), down)
-        self.length = end
+            # The core itself: what the operator adds (autograd, torch.compile, checks) costs as much as the attention.
+            _core.attention_forward(
+                heads[None, :queries], cache[0:1, :, :end], cache[1:2, :, :end], attended, lse, rules
+            )
+            x = product(attended.transpose(1, 2).reshape(count, -1), out).add_(x)
+            gate, up = product(functional.rms_norm(x, hidden, norm2, eps), gate_up).chunk(2, dim=-1)
+            x = product(functional.silu(gate).mul_(up), down).add_(x)
         if last is not None:
             x = x[-last:]
         return functional.linear(functional.rms_norm(x, hidden, model.norm, eps), model.head)
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from ``length`` on."""
-        self.length = length
+        del self.tokens[length:]
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T``: for a few rows and one thread faster than torch's."""
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    _core.matmul(x, weight.t(), None, out)
+    return out

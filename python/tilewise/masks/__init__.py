@@ -1,6 +1,6 @@
 """Masks by name: functions that make a mask_mod ``(b, h, q, k) -> bool``, True keeps.
 
-* :mod:`~tilewise.masks.text`: causal, windows, documents, prefixes, trees, diffusion, text with media;
+* :mod:`~tilewise.masks.text`: causal, windows, documents, prefixes, trees, reasoning paths, diffusion, text with media;
 * :mod:`~tilewise.masks.grids`: neighbourhoods, tiles and frames of images and video;
 * :mod:`~tilewise.masks.examples`: each with small sizes, for pictures and tests (``tilewise mask show NAME``).
 
@@ -37,6 +37,7 @@ from tilewise.masks.text import (
     jetspec_tree,
     merged_attention,
     packed_causal_document,
+    parallel_paths,
     prefix_lm,
     shared_prefix,
     sliding_window,
@@ -62,6 +63,7 @@ __all__ = [
     "natten_morton",
     "natten_tiled",
     "packed_causal_document",
+    "parallel_paths",
     "prefix_lm",
     "shared_prefix",
     "sliding_tile",

@@ -45,6 +45,12 @@ def _spans(tokens: int) -> np.ndarray:
     return spans
 
 
+def _segments(tokens: int) -> np.ndarray:
+    """A prompt, three paths of different lengths, a little padding, a summary."""
+    edges = np.array([4, 20, 28, 44, 48]) * tokens // 64
+    return np.array([1, 2, 3, 4, 0, -1], np.int32)[np.searchsorted(edges, np.arange(tokens), side="right")]
+
+
 def _globals(tokens: int) -> np.ndarray:
     return np.arange(tokens) % max(tokens // 2, 1) == 0
 
@@ -95,6 +101,7 @@ EXAMPLES: dict[str, Example] = {
     "packed_causal_document": Example(
         lambda queries, keys: text.packed_causal_document(text.document_starts(_documents(max(queries, keys))))
     ),
+    "parallel_paths": Example(lambda queries, keys: text.parallel_paths(_segments(max(queries, keys)))),
     "prefix_lm": Example(lambda queries, keys: text.prefix_lm([keys // 4])),
     "shared_prefix": Example(lambda queries, keys: _prefixes(max(queries, keys))),
     "sliding_tile": Example(

@@ -13,8 +13,8 @@ from tilewise.masks._check import MaskMod, flags, integers, named, whole
 
 __all__ = [
     "batchify", "block_diffusion", "causal", "dilated_window", "document", "document_starts", "flamingo",
-    "global_window", "jetspec_training", "jetspec_tree", "merged_attention", "packed_causal_document", "prefix_lm",
-    "shared_prefix", "sliding_window", "transfusion",
+    "global_window", "jetspec_training", "jetspec_tree", "merged_attention", "packed_causal_document", "parallel_paths",
+    "prefix_lm", "shared_prefix", "sliding_window", "transfusion",
 ]  # fmt: skip
 
 
@@ -178,6 +178,32 @@ def packed_causal_document(starts: Any) -> MaskMod:
     if start.ndim == 1:
         return named(lambda b, h, q, k: (k >= start[q]) & (q >= k), "packed_causal_document")
     return named(lambda b, h, q, k: (k >= start[b, q]) & (q >= k), "packed_causal_document")
+
+
+def parallel_paths(segments: Any) -> MaskMod:
+    """Independent reasoning paths after one prompt, and a summary that sees them all, packed in one sequence.
+
+    A token sees, up to itself, the prompt and its own path; a token of the summary sees everything before it. Padding
+    neither sees nor is seen: ``k <= q and s[k] != 0 and s[q] != 0 and (s[k] == 1 or s[k] == s[q] or s[q] < 0)``.
+
+    Args:
+        segments: integers ``[tokens]`` or ``[batch, tokens]``: 0 is padding, 1 the prompt, 2, 3, ... the paths, -1 the
+            summary.
+
+    Source: ParaThinker, arXiv 2509.04475, two-phase attention mask.
+
+    Example:
+        >>> from tilewise import expr
+        >>> print(expr.trace(parallel_paths([1, 2, 3, -1])))
+        (k <= q) & (segments[k] != 0) & (segments[q] != 0) & ((segments[k] == 1) | (segments[k] == segments[q]) | (segments[q] < 0))
+    """  # noqa: E501
+    of = integers("segments", segments, 1, 2)
+
+    def mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+        mine, other = (of[q], of[k]) if of.ndim == 1 else (of[b, q], of[b, k])
+        return (k <= q) & (other != 0) & (mine != 0) & ((other == 1) | (other == mine) | (mine < 0))
+
+    return named(mask, "parallel_paths")
 
 
 def shared_prefix(offsets: Any, prefix: Any) -> MaskMod:

@@ -11,7 +11,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["PURPOSES", "acceptance", "draw", "philox4x32", "process", "residual", "uniform", "verify"]
+__all__ = [
+    "PURPOSES",
+    "acceptance",
+    "capped_geometric",
+    "cut",
+    "draw",
+    "geometric_fan_out",
+    "ngram_proposal",
+    "philox4x32",
+    "predict_outcomes",
+    "process",
+    "residual",
+    "saguaro",
+    "suffix_proposal",
+    "token_rank",
+    "uniform",
+    "verify",
+]
 
 PURPOSES = {"draft": 0, "accept": 1, "residual": 2, "target": 3, "other": 4}
 
@@ -107,3 +124,78 @@ def verify(
     length = len(draft_tokens)
     p = process(logits[length], temperature, top_k, top_p)
     return length, draw(p, uniform(seed, request, position + length, "target"))
+
+
+def _order(values: np.ndarray) -> np.ndarray:
+    """Token ids by falling value, ties by rising id."""
+    return np.lexsort((np.arange(values.size), -values))
+
+
+def saguaro(law: np.ndarray, constant: float, fan_out: int) -> np.ndarray:
+    """The law with its `fan_out` most probable tokens multiplied by `constant`, renormalised; itself if nothing is."""
+    favourites = [token for token in _order(law)[:fan_out] if law[token] > 0]
+    changed = law.copy()
+    changed[favourites] *= constant
+    mass = changed.sum()
+    return changed / mass if mass > 0 else law
+
+
+def cut(law: np.ndarray, support: int) -> np.ndarray:
+    """The law of its `support` most probable tokens, renormalised."""
+    kept = np.zeros_like(law)
+    best = _order(law)[:support]
+    kept[best] = law[best]
+    return kept / kept.sum()
+
+
+def predict_outcomes(logits: np.ndarray, count: int, exclude: int = -1) -> list[int]:
+    """The `count` most probable tokens of a row, `exclude` and masked tokens left out."""
+    order = [int(token) for token in _order(logits) if token != exclude and logits[token] > -np.inf]
+    return order[:count]
+
+
+def token_rank(logits: np.ndarray, token: int, exclude: int = -1) -> int:
+    """How many tokens come before `token`, `exclude` left out; -1 for that one."""
+    order = [int(other) for other in _order(logits) if other != exclude]
+    return order.index(token) if token in order else -1
+
+
+def capped_geometric(acceptance: float, length: int) -> np.ndarray:
+    """The probabilities of 0..`length` accepted tokens."""
+    return np.array([acceptance**k * (1 - acceptance) for k in range(length)] + [acceptance**length])
+
+
+def geometric_fan_out(acceptance: float, exponent: float, length: int, budget: float) -> np.ndarray:
+    """The closed form as published (Theorem 12 of "Speculative Speculative Decoding"), for 0 < acceptance < 1."""
+    s = 1 / (1 + exponent)
+    shape = [acceptance ** (k * s) for k in range(length)] + [acceptance ** (length * s) * (1 - acceptance) ** -s]
+    return np.array(shape) * budget / sum(shape)
+
+
+def ngram_proposal(text: Sequence[int], longest: int, shortest: int, count: int) -> tuple[list[int], int]:
+    """What followed the last earlier occurrence of the last n tokens, the largest n first; and that n."""
+    text = list(text)
+    for n in range(min(longest, len(text) - 1), shortest - 1, -1):
+        for start in range(len(text) - n - 1, -1, -1):
+            if text[start : start + n] == text[-n:]:
+                grown = list(text)
+                for i in range(count):  # beyond the end of the text comes what was copied
+                    grown.append(grown[start + n + i])
+                return grown[len(text) :], n
+    return [], 0
+
+
+def suffix_proposal(text: Sequence[int], longest: int, shortest: int, count: int) -> tuple[list[int], int]:
+    """What most often followed the longest context that was followed by anything, token by token; and its length."""
+    text, grown, matched = list(text), list(text), 0
+    for step in range(count):
+        for n in range(min(longest, len(grown)), shortest - 1, -1):
+            context = grown[-n:]
+            after = [text[i + n] for i in range(len(text) - n) if text[i : i + n] == context]
+            if after:
+                grown.append(min(set(after), key=lambda token: (-after.count(token), token)))
+                matched = n if step == 0 else matched
+                break
+        else:
+            break
+    return grown[len(text) :], matched

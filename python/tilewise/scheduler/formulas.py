@@ -74,7 +74,7 @@ def speed(hit: Any, on_hit: Any, on_miss: Any, build: Any, backup: Any) -> Any:
         backup: T_b, the time of the fallback.
 
     Example:
-        >>> round(speed(0.9, 5.0, 5.0, 1.0, 0.69), 2)
+        >>> float(round(speed(0.9, 5.0, 5.0, 1.0, 0.69), 2))
         4.68
     """
     tokens = hit * on_hit + (1 - hit) * on_miss
@@ -85,8 +85,8 @@ def batch_speed(rows: Any, hit: Any, on_hit: Any, on_miss: Any, build: Any, back
     """Corollary 16: tokens of a row per verification, where all rows wait for the slowest: only all hits save time.
 
     Example:
-        >>> round(batch_speed(8, 0.9, 5.0, 5.0, 1.0, 0.69), 2)
-        3.58
+        >>> float(round(batch_speed(8, 0.9, 5.0, 5.0, 1.0, 0.69), 2))
+        3.59
     """
     tokens = hit * on_hit + (1 - hit) * on_miss
     all_hit = np.power(hit, rows)
@@ -133,7 +133,7 @@ def break_even(verify: Any, build: Any, draft: Any, communication: Any = 0.0) ->
     """The least E_hit / E_SD at which SSD with p = 1 is not slower than SD; four times in one unit.
 
     Example:
-        >>> round(break_even(1.0, 0.8, 0.69), 3)
+        >>> float(round(break_even(1.0, 0.8, 0.69), 3))
         0.592
     """
     return (np.maximum(verify, build) + communication) / (verify + draft)

@@ -150,7 +150,8 @@ def plan(measurements: Measurements | Mapping[str, Any], *, most: int = 16, budg
         ((length, count, way) for length, count in choices for way in ("neural", "fast")),
         key=lambda choice: point.ahead(*choice),
     )
-    plain, serial, ahead = point.serial(0), point.serial(best_serial), point.ahead(length, count, fallback)
+    plain, serial = point.serial(0), point.serial(best_serial)
+    ahead = point.ahead(length, count, fallback)
     if ahead > 1.01 * max(serial, plain):
         mode: Literal["plain", "speculative", "ssd"] = "ssd"
     elif best_serial > 0 and serial > 1.01 * plain:
@@ -301,7 +302,7 @@ class _Sample:
         hit, build = self.hit(length, count), self.build(length, count) / verify
         if fallback == "neural":
             backup = (length * self.draft(self.batch) + self.link) / verify
-            return formulas.batch_speed(self.batch, hit, tokens, tokens, build, backup) / verify
+            return float(formulas.batch_speed(self.batch, hit, tokens, tokens, build, backup)) / verify
         fast = min(length, len(self.fast)) if self.fast[0] > 0 else 0
         on_miss = formulas.expected_tokens(self.fast, fast) if fast else 1.0
         curve = np.concatenate([[0.0], self.curve_after_fast])
@@ -309,7 +310,7 @@ class _Sample:
             curve[min(count, len(curve) - 1)] if fast == 0 else curve[min(max(count // 2, 1), len(curve) - 1)]
         )
         share = formulas.stationary_hit_rate(hit, after) if hit < 1 or after > 0 else 1.0
-        return formulas.speed(share, tokens, on_miss, build, max(build, 1.0) - 1.0) / verify
+        return float(formulas.speed(share, tokens, on_miss, build, max(build, 1.0) - 1.0)) / verify
 
     def critical(self, length: int, count: int) -> float:
         tokens = formulas.expected_tokens(self.rates(length), length)

@@ -185,8 +185,8 @@ def simulate(
     Example:
         >>> from tilewise.scheduler import Times, simulate
         >>> ahead = simulate("neural", times=Times(draft=(0.1, 0.0)), acceptance=0.8, hit=1.0, tokens=2000)
-        >>> ahead.hit_rate, 4.0 < ahead.speed < 4.4
-        (1.0, True)
+        >>> ahead.hit_rate > 0.99, 4.0 < ahead.speed < 4.4
+        (True, True)
     """
     if mode not in MODES:
         raise ArgumentError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")

@@ -2,6 +2,10 @@
 
 Drawing a token is not differentiable: the functions that return tokens detach their inputs, those that return laws
 refuse inputs that require a gradient.
+
+`accept`, `correct`, `predict_outcomes`, `token_probabilities` and `token_rank` are the functions of
+:mod:`tilewise.speculation` themselves, which take and return tensors. They, and calls with :class:`SparseLaws` or with
+`saguaro` or `support`, are no custom operators: `torch.compile` runs them outside its graphs.
 """
 
 from __future__ import annotations
@@ -12,17 +16,34 @@ import torch
 
 from tilewise import speculation
 from tilewise.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError
-from tilewise.speculation import Drafted, Verification, VerificationLaw
+from tilewise.speculation import (
+    Drafted,
+    SparseLaws,
+    Verification,
+    VerificationLaw,
+    accept,
+    correct,
+    predict_outcomes,
+    token_probabilities,
+    token_rank,
+)
+from tilewise.speculation._rows import per_row, seed_of
 from tilewise.torch._library import define, refuse_device
 
 __all__ = [
     "Drafted",
+    "SparseLaws",
     "Verification",
     "VerificationLaw",
+    "accept",
+    "correct",
     "draft_token",
+    "predict_outcomes",
     "process",
     "sample",
     "sample_target",
+    "token_probabilities",
+    "token_rank",
     "verification_law",
     "verify",
 ]
@@ -209,7 +230,7 @@ def sample(
     refuse_device(probabilities=probabilities)
     _rank("probabilities", probabilities, 2, "[B, V]")
     return _sample(
-        probabilities.detach(), speculation._seed(seed), *_streams(requests, positions, probabilities.shape[0]), purpose
+        probabilities.detach(), seed_of(seed), *_streams(requests, positions, probabilities.shape[0]), purpose
     )
 
 
@@ -234,9 +255,7 @@ def sample_target(
     refuse_device(logits=logits)
     _rank("logits", logits, 2, "[B, V]")
     rules = _rules(temperature, top_k, top_p, logits.shape[0])
-    return _sample_target(
-        logits.detach(), *rules, speculation._seed(seed), *_streams(requests, positions, logits.shape[0])
-    )
+    return _sample_target(logits.detach(), *rules, seed_of(seed), *_streams(requests, positions, logits.shape[0]))
 
 
 def draft_token(
@@ -249,6 +268,9 @@ def draft_token(
     requests: Any,
     positions: Any,
     laws_dtype: Literal["float64", "float32"] = "float64",
+    saguaro: Any = 1.0,
+    fan_out: Any = 0,
+    support: int | None = None,
 ) -> Drafted:
     """One drafted token per row with the law it was drawn from; as :func:`tilewise.speculation.draft_token`.
 
@@ -260,15 +282,19 @@ def draft_token(
     """
     refuse_device(logits=logits)
     _rank("logits", logits, 2, "[B, V]")
+    if support is not None or not (isinstance(saguaro, (int, float)) and saguaro == 1.0):
+        rules = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "laws_dtype": laws_dtype}
+        streams = {"seed": seed, "requests": requests, "positions": positions}
+        return speculation.draft_token(logits, **rules, **streams, saguaro=saguaro, fan_out=fan_out, support=support)
     if laws_dtype not in _LAWS:
         raise ArgumentError(f"laws_dtype: expected 'float64' or 'float32', got {laws_dtype!r}")
     rules, streams = _rules(temperature, top_k, top_p, logits.shape[0]), _streams(requests, positions, logits.shape[0])
-    return Drafted(*_draft_token(logits.detach(), *rules, speculation._seed(seed), *streams, laws_dtype))
+    return Drafted(*_draft_token(logits.detach(), *rules, seed_of(seed), *streams, laws_dtype))
 
 
 def verify(
     draft_tokens: torch.Tensor,
-    draft_laws: torch.Tensor | None,
+    draft_laws: torch.Tensor | SparseLaws | None,
     logits: torch.Tensor,
     *,
     temperature: Any = 1.0,
@@ -289,6 +315,11 @@ def verify(
         >>> verify(torch.tensor([[1]]), None, logits, temperature=0.0, seed=0, requests=0, positions=4)
         Verification(accepted=tensor([1], dtype=torch.int32), tokens=tensor([0]))
     """
+    if isinstance(draft_laws, SparseLaws):
+        return speculation.verify(
+            draft_tokens, draft_laws, logits, temperature=temperature, top_k=top_k, top_p=top_p,
+            draft_lengths=draft_lengths, seed=seed, requests=requests, positions=positions, strict=strict,
+        )  # fmt: skip
     refuse_device(draft_tokens=draft_tokens, draft_laws=draft_laws, logits=logits)
     rows = _chains(draft_tokens, logits)
     return Verification(
@@ -298,7 +329,7 @@ def verify(
             logits.detach(),
             *_rules(temperature, top_k, top_p, rows),
             None if draft_lengths is None else _per_row("draft_lengths", draft_lengths, rows, torch.int64),
-            speculation._seed(seed),
+            seed_of(seed),
             *_streams(requests, positions, rows),
             strict,
         )
@@ -307,7 +338,7 @@ def verify(
 
 def verification_law(
     draft_tokens: torch.Tensor,
-    draft_laws: torch.Tensor | None,
+    draft_laws: torch.Tensor | SparseLaws | None,
     logits: torch.Tensor,
     *,
     temperature: Any = 1.0,
@@ -327,6 +358,12 @@ def verification_law(
         >>> verification_law(torch.tensor([[0]]), None, torch.zeros(1, 2, 4)).acceptance
         tensor([[0.2500]], dtype=torch.float64)
     """
+    if isinstance(draft_laws, SparseLaws):
+        _refuse_gradient("verification_law", logits, draft_laws.probabilities)
+        return speculation.verification_law(
+            draft_tokens, draft_laws, logits, temperature=temperature, top_k=top_k, top_p=top_p,
+            draft_lengths=draft_lengths, strict=strict,
+        )  # fmt: skip
     refuse_device(draft_tokens=draft_tokens, draft_laws=draft_laws, logits=logits)
     _refuse_gradient("verification_law", logits, draft_laws)
     rows = _chains(draft_tokens, logits)
@@ -364,7 +401,7 @@ def _per_row(name: str, value: Any, rows: int, dtype: torch.dtype) -> torch.Tens
         return value.detach().to(dtype).expand(rows)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not (integral and isinstance(value, float)):
         return torch.full((rows,), value, dtype=dtype)
-    array = speculation._per_row(name, value, rows, "int64" if integral else "float64")
+    array = per_row(name, value, rows, "int64" if integral else "float64")
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 

@@ -46,13 +46,6 @@ pub(crate) fn exponential(x: f64) -> f64 {
     if x > LOWEST { sum * power } else { 0.0 }
 }
 
-/// Replaces each z by e^((z - top) / temperature). No z may be NaN or above `top`, and `top` must be finite.
-pub(crate) fn exponentials(z: &mut [f64], top: f64, temperature: f64) {
-    for z in z {
-        *z = exponential((*z - top) / temperature);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -9,7 +9,7 @@
 //! * [`gemm`]: blocking and packing around the matrix micro-kernels;
 //! * [`attention`]: attention by tiles, forward and back, and decode by key chunks;
 //! * [`moe`]: routers, `Routing`, and the expert layer;
-//! * [`scheduler`]: who runs when: state machines without I/O;
+//! * [`scheduler`]: who runs when: state machines without I/O; confidence of reasoning traces;
 //! * [`speculation`]: exact verification of drafted tokens.
 //!
 //! `unsafe` lives in `arch` and `view` alone.

@@ -35,6 +35,8 @@ pub enum Purpose {
     Round = 5,
     /// Whether an attention weight is dropped (request: sequence and head; then query and key).
     Drop = 6,
+    /// The clocks of coupled sampling (the block is the key of another generator, which counts tokens).
+    Race = 9,
     /// A scheduler tries something that it does not know well enough.
     Schedule = 7,
 }

@@ -9,6 +9,7 @@
 
 mod arrays;
 mod attention;
+mod confidence;
 mod config;
 mod cuda;
 mod door;
@@ -17,6 +18,8 @@ mod gemm;
 mod moe;
 mod scheduler;
 mod speculation;
+mod speculation_cache;
+mod speculation_drafts;
 
 use pyo3::prelude::*;
 
@@ -31,5 +34,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     moe::register(module)?;
     scheduler::register(module)?;
     speculation::register(module)?;
+    speculation_cache::register(module)?;
+    speculation_drafts::register(module)?;
+    confidence::register(module)?;
     Ok(())
 }

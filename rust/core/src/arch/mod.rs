@@ -4,7 +4,7 @@
 //! * `vector`: the traits kernels are written in; `scalar`, `avx2`, `avx512`, `neon`: one implementation each;
 //! * `kernel/`: the algorithms, once, over the traits;
 //! * [`table`]: a table of function pointers per level, with safe, checked methods. Rooms use nothing else.
-//! * [`ranking`]: the same for the kernels of choosing; [`lanes`]: for the operations of expressions.
+//! * [`ranking`]: the same for the kernels of choosing; [`laws`]: of sampling; [`lanes`]: for the operations of expressions.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -12,6 +12,7 @@ mod avx2;
 mod avx512;
 mod kernel;
 pub mod lanes;
+pub mod laws;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 pub mod ranking;

@@ -4,7 +4,7 @@ use crate::arch::ranking::{Ranked, Ranking};
 use std::cmp::Ordering;
 
 /// Scratch of [`Largest::of`], for rows of one length.
-pub(super) struct Largest<T> {
+pub(crate) struct Largest<T> {
     tops: Vec<T>,
     found: Vec<u32>,
     values: Vec<T>,
@@ -13,7 +13,7 @@ pub(super) struct Largest<T> {
 }
 
 impl<T: Ranked> Largest<T> {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { tops: Vec::new(), found: Vec::new(), values: Vec::new(), ranks: Vec::new(), ordered: Vec::new() }
     }
 
@@ -28,7 +28,7 @@ impl<T: Ranked> Largest<T> {
     /// of 256 random elements 11 reach it for k = 8. Where k is too large for that, it is the k-th largest element.
     /// The few candidates are put in order by counting, for each, how many rank ahead of it: random comparisons would
     /// mispredict half of their branches. Many (ties, large k) are selected and sorted.
-    pub(super) fn of(&mut self, row: &[T], k: usize) -> &[u32] {
+    pub(crate) fn of(&mut self, row: &[T], k: usize) -> &[u32] {
         let kernels = T::ranking();
         if self.found.len() < row.len() {
             self.found.resize(row.len(), 0);

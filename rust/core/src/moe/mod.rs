@@ -15,7 +15,7 @@ pub mod backward;
 pub mod forward;
 #[cfg(test)]
 mod int8_tests;
-mod largest;
+pub(crate) mod largest;
 mod lines;
 mod outer;
 mod panels;

@@ -12,11 +12,14 @@
 //! * [`stats`]: counters;
 //! * [`simulator`]: targets, draft devices and links in virtual time around the same machine.
 //!
+//! Reasoning traces: [`confidence`], how sure a model was along each, at once (in parallel) and step by step.
+//!
 //! Why no choice biases what is sampled: the machine never sees a drafted token or its law, only lengths, outcomes,
 //! ranks and times. An entry is found by its whole outcome, which the target drew; it is used at most once.
 
 pub mod batch;
 pub mod choose;
+pub mod confidence;
 pub mod event;
 pub mod handles;
 pub mod latency;

@@ -1,6 +1,7 @@
 //! Checked arguments: what every batched function of the room does with the arrays it is given.
 
 use super::process::Sampling;
+use super::saguaro::Saguaro;
 use crate::dtype::{Dtype, Element, Float, Real};
 use crate::error::{Error, Result};
 use crate::view::{Array, ArrayMut, Matrix};
@@ -50,6 +51,27 @@ pub(super) fn integers(name: &str, array: &Array<'_>, rows: usize) -> Result<Vec
     }
 }
 
+/// How many of a row's `depth` tokens are drafted: all where nothing is said.
+pub(super) fn lengths_of(lengths: Option<&Array<'_>>, rows: usize, depth: usize) -> Result<Vec<usize>> {
+    let Some(lengths) = lengths else { return Ok(vec![depth; rows]) };
+    let checked = |(row, length): (usize, i64)| match usize::try_from(length) {
+        Ok(length) if length <= depth => Ok(length),
+        _ => Err(Error::value(&format!("draft_lengths[{row}]"), format!("an integer in [0, K = {depth}]"), length)),
+    };
+    integers("draft_lengths", lengths, rows)?.into_iter().enumerate().map(checked).collect()
+}
+
+/// One logit, widened as [`widen`] does.
+pub(super) fn logit(array: &Array<'_>, at: &[usize]) -> f64 {
+    0.0 + match array.dtype() {
+        Dtype::F32 => f64::from(array.get::<f32>(at)),
+        Dtype::F64 => array.get::<f64>(at),
+        Dtype::F16 => f64::from(array.get::<f16>(at)),
+        Dtype::Bf16 => f64::from(array.get::<bf16>(at)),
+        other => unreachable!("checked by floating(): {other}"),
+    }
+}
+
 /// One double per row of a batch.
 fn doubles(name: &str, array: &Array<'_>, rows: usize) -> Result<Vec<f64>> {
     shaped(name, array, &format!("[{rows}], one number per row"), &[Some(rows)])?;
@@ -68,6 +90,16 @@ pub fn rules(temperature: &Array<'_>, top_k: &Array<'_>, top_p: &Array<'_>, rows
     let top_k = integers("top_k", top_k, rows)?;
     let top_p = doubles("top_p", top_p, rows)?;
     (0..rows).map(|row| Sampling::new(row, temperature[row], top_k[row], top_p[row])).collect()
+}
+
+/// The reweighing of each row's law, checked: `constant [rows]` (float64) and `fan_out [rows]`.
+///
+/// # Errors
+/// Arrays that are not `[rows]`, or a rule that [`Saguaro::new`] refuses.
+pub fn saguaro_rules(constant: &Array<'_>, fan_out: &Array<'_>, rows: usize) -> Result<Vec<Saguaro>> {
+    let constant = doubles("saguaro", constant, rows)?;
+    let fan_out = integers("fan_out", fan_out, rows)?;
+    (0..rows).map(|row| Saguaro::new(row, constant[row], fan_out[row])).collect()
 }
 
 /// Writes one result per row to an output of shape `[rows]` (whose memory may be absent if there are none).

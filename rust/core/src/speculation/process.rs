@@ -12,10 +12,14 @@
 //! masked are errors (there: NaN spreads).
 
 use super::input::{Results, floating, shaped, widen};
-use super::select::{kth_largest, nucleus};
-use crate::dtype::{Dtype, Float, Real};
+use super::law::{Law, total};
+use super::saguaro::Saguaro;
+use super::select::{candidates, kth_largest, nucleus, reach};
+use crate::arch::laws::{Lawful, Laws, ROUGH};
+use crate::arch::ranking::Ranked;
+use crate::dtype::{Dtype, Real};
 use crate::error::{Error, Result};
-use crate::exponential::exponentials;
+use crate::exponential::exponential;
 use crate::threads;
 use crate::view::{Array, ArrayMut};
 
@@ -54,100 +58,78 @@ impl Sampling {
         }
         Ok(Self { temperature, top_k, top_p })
     }
+
+    /// Whether all mass goes to the largest logit.
+    pub fn is_greedy(self) -> bool {
+        self.temperature == 0.0
+    }
+
+    /// Whether every token keeps a share.
+    fn is_plain(self) -> bool {
+        self.top_k == 0 && self.top_p == 1.0
+    }
 }
 
-/// The sum of weights, in an order that depends on their number alone.
-pub fn total<T: Float>(weights: &[T]) -> f64 {
-    let mut lanes = [0.0f64; 8];
-    let chunks = weights.chunks_exact(8);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        for lane in 0..8 {
-            lanes[lane] += chunk[lane].widen().f64();
+/// Evaluates `$body` with `$row` bound to the last axis of `$array` at `$at` as a slice of its own type; `None` if that
+/// axis is not contiguous.
+macro_rules! on_row {
+    ($array:expr, $at:expr, |$row:ident| $body:expr) => {
+        match $array.dtype() {
+            Dtype::F32 => $crate::speculation::process::on_row!(@ f32, $array, $at, |$row| $body),
+            Dtype::F64 => $crate::speculation::process::on_row!(@ f64, $array, $at, |$row| $body),
+            Dtype::F16 => $crate::speculation::process::on_row!(@ half::f16, $array, $at, |$row| $body),
+            Dtype::Bf16 => $crate::speculation::process::on_row!(@ half::bf16, $array, $at, |$row| $body),
+            other => unreachable!("checked by floating(): {other}"),
         }
-    }
-    for (lane, value) in rest.iter().enumerate() {
-        lanes[lane] += value.widen().f64();
-    }
-    ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]))
+    };
+    (@ $t:ty, $array:expr, $at:expr, |$row:ident| $body:expr) => {
+        match $array.vector::<$t>($at).row(0) {
+            Some($row) => Some($body),
+            None => None,
+        }
+    };
+}
+pub(super) use on_row;
+
+fn laws_of<T: Lawful>(_row: &[T]) -> &'static Laws<T> {
+    T::laws()
 }
 
-/// A law over token ids: weights that are not negative, and their (positive) total.
-#[derive(Debug, Clone, Default)]
-pub struct Law {
-    /// `weights[i]` belongs to token `ids[i]` (ascending); unused if `dense`, where it belongs to token i.
-    ids: Vec<usize>,
-    dense: bool,
-    weights: Vec<f64>,
-    total: f64,
+/// The largest logit of a row, checked; +0 for -0.
+fn checked_top<T: Lawful>(row: &[T], at: &[usize]) -> Result<f64> {
+    let (top, ordered) = T::laws().largest(row);
+    let name = || {
+        let at: Vec<_> = at.iter().map(usize::to_string).collect();
+        format!("logits[{}]", at.join(", "))
+    };
+    if !ordered {
+        let token = row.iter().position(|value| value.widen().f64().is_nan()).unwrap_or_default();
+        return Err(Error::value(&name(), "numbers", format!("NaN at token {token}")).hint("-inf masks a token"));
+    }
+    if top == f64::NEG_INFINITY {
+        return Err(Error::value(&name(), "at least one token above -inf", "a row whose tokens are all masked"));
+    }
+    Ok(top + 0.0)
 }
 
 impl Law {
-    /// The probability of a token.
-    pub fn probability(&self, token: usize) -> f64 {
-        let weight = if self.dense {
-            self.weights.get(token).copied()
-        } else {
-            self.ids.binary_search(&token).ok().map(|index| self.weights[index])
-        };
-        weight.unwrap_or(0.0) / self.total
-    }
-
-    /// The token at a uniform number in [0, 1): see [`super::sample::draw`].
-    pub fn draw(&self, uniform: f64) -> usize {
-        let index = super::sample::draw(self.weights.iter().copied(), self.total, uniform);
-        if self.dense { index } else { self.ids[index] }
-    }
-
-    /// Writes the probabilities of all tokens.
-    pub fn write<T: Float>(&self, out: &mut [T]) {
-        let share = |weight: f64| T::narrow(Real::of(weight / self.total));
-        if self.dense {
-            for (slot, &weight) in out.iter_mut().zip(&self.weights) {
-                *slot = share(weight);
-            }
-        } else {
-            out.fill(T::narrow(Real::of(0.0)));
-            for (&id, &weight) in self.ids.iter().zip(&self.weights) {
-                out[id] = share(weight);
-            }
-        }
-    }
-
-    /// `out` becomes max(self - q, 0), renormalised. Without any mass (self equals q to rounding, so a refusal was
-    /// itself a rounding accident) it becomes self.
-    pub(super) fn minus(&self, q: impl Fn(usize) -> f64, out: &mut Law) {
-        out.dense = self.dense;
-        out.ids.clone_from(&self.ids);
-        out.weights.clear();
-        let excess = |token: usize, weight: f64| (weight / self.total - q(token)).max(0.0);
-        if self.dense {
-            out.weights.extend(self.weights.iter().enumerate().map(|(token, &weight)| excess(token, weight)));
-        } else {
-            out.weights.extend(self.ids.iter().zip(&self.weights).map(|(&token, &weight)| excess(token, weight)));
-        }
-        out.total = total(&out.weights);
-        if out.total <= 0.0 {
-            out.weights.clone_from(&self.weights);
-            out.total = self.total;
-        }
-    }
-
-    /// Becomes the law of a row of logits. `z` holds the logits and is used up.
-    ///
-    /// # Errors
-    /// NaN, and rows without any token above -inf; `at` names the row.
-    fn set(&mut self, z: &mut Vec<f64>, sampling: Sampling, spare: &mut Spare, at: &[usize]) -> Result<()> {
-        let mut top = largest(z, at)?;
+    /// All mass on one token.
+    fn set_point(&mut self, token: usize) {
+        self.dense = false;
         self.ids.clear();
+        self.ids.push(token);
         self.weights.clear();
-        if sampling.temperature == 0.0 {
-            self.dense = false;
-            self.ids.extend(z.iter().position(|&value| value == top));
-            self.weights.push(1.0);
-            self.total = 1.0;
-            return Ok(());
+        self.weights.push(1.0);
+        self.total = 1.0;
+    }
+
+    /// Becomes the law of a row of logits at a positive temperature. `z` holds the logits, `top` is their largest; `z` is
+    /// used up. Where they are `listed`, `z` holds those of `self.ids` alone, and top-k leaves no others.
+    fn set(&mut self, z: &mut Vec<f64>, mut top: f64, sampling: Sampling, listed: bool, spare: &mut Spare) {
+        if !listed {
+            self.ids.clear();
         }
+        self.weights.clear();
         if top == f64::INFINITY {
             // The limit of growing logits: those at +inf share everything.
             for value in z.iter_mut() {
@@ -155,19 +137,26 @@ impl Law {
             }
             top = 0.0;
         }
-        self.dense = true;
+        self.dense = !listed;
         if sampling.top_k > 0 && sampling.top_k < z.len() {
             let bar = kth_largest(z, sampling.top_k, &mut spare.buffer).max(f64::MIN);
-            self.ids.extend(z.iter().enumerate().filter(|&(_, &value)| value >= bar).map(|(token, _)| token));
-            for (slot, &token) in self.ids.iter().enumerate() {
-                z[slot] = z[token]; // ids ascend, so a slot is never ahead of its token
+            if self.dense {
+                self.ids.extend(0..z.len());
+                self.dense = false;
             }
-            z.truncate(self.ids.len());
-            self.dense = false;
+            let mut kept = 0;
+            for index in 0..z.len() {
+                if z[index] >= bar {
+                    self.ids[kept] = self.ids[index];
+                    z[kept] = z[index];
+                    kept += 1;
+                }
+            }
+            self.ids.truncate(kept);
+            z.truncate(kept);
         }
-        self.weights.extend_from_slice(z);
-        exponentials(&mut self.weights, top, sampling.temperature);
-        self.total = total(&self.weights);
+        self.weights.resize(z.len(), 0.0);
+        self.total = f64::laws().weigh(z, top, sampling.temperature, &mut self.weights);
         if sampling.top_p < 1.0 {
             let (bar, last) = nucleus(z, &self.weights, self.total, sampling.top_p, &mut spare.order);
             if self.dense {
@@ -186,46 +175,16 @@ impl Law {
             self.weights.truncate(kept);
             self.total = total(&self.weights);
         }
-        Ok(())
     }
 }
 
-/// The largest logit.
-fn largest(z: &[f64], at: &[usize]) -> Result<f64> {
-    let mut lanes = [f64::NEG_INFINITY; 8];
-    let mut ordered = [true; 8];
-    let chunks = z.chunks_exact(8);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        for lane in 0..8 {
-            ordered[lane] &= !chunk[lane].is_nan();
-            lanes[lane] = if chunk[lane] > lanes[lane] { chunk[lane] } else { lanes[lane] };
-        }
-    }
-    for (lane, &value) in rest.iter().enumerate() {
-        ordered[lane] &= !value.is_nan();
-        lanes[lane] = lanes[lane].max(value);
-    }
-    let name = || {
-        let at: Vec<_> = at.iter().map(usize::to_string).collect();
-        format!("logits[{}]", at.join(", "))
-    };
-    if ordered.contains(&false) {
-        let token = z.iter().position(|value| value.is_nan()).unwrap_or_default();
-        return Err(Error::value(&name(), "numbers", format!("NaN at token {token}")).hint("-inf masks a token"));
-    }
-    let top = lanes.into_iter().fold(f64::NEG_INFINITY, f64::max);
-    if top == f64::NEG_INFINITY {
-        return Err(Error::value(&name(), "at least one token above -inf", "a row whose tokens are all masked"));
-    }
-    Ok(top)
-}
-
-/// Buffers of the selections.
 #[derive(Debug, Default)]
 struct Spare {
     buffer: Vec<f64>,
     order: Vec<usize>,
+    found: Vec<u32>,
+    singles: Vec<f32>,
+    doubles: Vec<f64>,
 }
 
 /// What one thread needs to turn rows of logits into laws.
@@ -235,14 +194,146 @@ pub struct Processor {
     spare: Spare,
 }
 
+/// A row's law where nothing is cut off: a token's weight is e^((logit - top) / temperature).
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Softmax {
+    top: f64,
+    temperature: f64,
+    /// The sum of the weights, within the relative error `within`.
+    total: f64,
+    within: f64,
+}
+
+impl Softmax {
+    /// Bounds of the probability of a token with this logit; equal, and the bits of [`Law::probability`], where the total
+    /// is exact.
+    pub(super) fn probability(self, logit: f64) -> (f64, f64) {
+        let share = exponential((logit - self.top) / self.temperature) / self.total;
+        (share * (1.0 - self.within), share * (1.0 + self.within))
+    }
+}
+
 impl Processor {
     /// `law` becomes the law of the row of `logits` at `at` (all axes but the last).
     ///
     /// # Errors
     /// NaN, and rows without any token above -inf.
     pub fn law(&mut self, logits: &Array<'_>, at: &[usize], sampling: Sampling, law: &mut Law) -> Result<()> {
-        widen(logits, at, &mut self.z);
-        law.set(&mut self.z, sampling, &mut self.spare, at)
+        let plain = on_row!(logits, at, |row| {
+            let top = checked_top(row, at)?;
+            if sampling.temperature == 0.0 {
+                law.set_point(laws_of(row).position(row, top).unwrap_or_default());
+                true
+            } else if sampling.is_plain() && top < f64::INFINITY {
+                law.ids.clear();
+                law.dense = true;
+                law.weights.resize(row.len(), 0.0);
+                law.total = laws_of(row).weigh(row, top, sampling.temperature, &mut law.weights);
+                true
+            } else {
+                false
+            }
+        });
+        if plain != Some(true) && !self.short_list(logits, at, sampling, law) {
+            widen(logits, at, &mut self.z);
+            let top = checked_top(&self.z, at)?;
+            if sampling.temperature == 0.0 {
+                law.set_point(f64::laws().position(&self.z, top).unwrap_or_default());
+            } else {
+                law.set(&mut self.z, top, sampling, false, &mut self.spare);
+            }
+        }
+        Ok(())
+    }
+
+    /// [`Processor::law`] where top-k leaves few tokens of a row that was checked: the others are not even widened. False:
+    /// this is another case.
+    fn short_list(&mut self, logits: &Array<'_>, at: &[usize], sampling: Sampling, law: &mut Law) -> bool {
+        fn list<T: Lawful + Ranked>(
+            row: Option<&[T]>,
+            sampling: Sampling,
+            tops: &mut Vec<T>,
+            found: &mut Vec<u32>,
+            z: &mut Vec<f64>,
+            law: &mut Law,
+        ) -> Option<f64> {
+            let row = row.filter(|row| (1..row.len().min(reach::<T>() + 1)).contains(&sampling.top_k))?;
+            let count = candidates(row, sampling.top_k, found, tops);
+            law.ids.clear();
+            law.ids.extend(found[..count].iter().map(|token| *token as usize));
+            z.clear();
+            z.extend(law.ids.iter().map(|token| row[*token].widen().f64() + 0.0));
+            Some(z.iter().copied().fold(f64::NEG_INFINITY, f64::max))
+        }
+        if sampling.temperature == 0.0 || sampling.top_k == 0 {
+            return false;
+        }
+        let Spare { singles, doubles, found, .. } = &mut self.spare;
+        let top = match logits.dtype() {
+            Dtype::F32 => list::<f32>(logits.vector(at).row(0), sampling, singles, found, &mut self.z, law),
+            Dtype::F64 => list::<f64>(logits.vector(at).row(0), sampling, doubles, found, &mut self.z, law),
+            _ => None,
+        };
+        let Some(top) = top else { return false };
+        law.set(&mut self.z, top, sampling, true, &mut self.spare);
+        true
+    }
+
+    /// The law of a row in short, where it has a short form (`None`: ask [`Processor::law`]); its total may be `rough`.
+    ///
+    /// # Errors
+    /// As [`Processor::law`].
+    pub(super) fn softmax(
+        &self,
+        logits: &Array<'_>,
+        at: &[usize],
+        sampling: Sampling,
+        rough: bool,
+    ) -> Result<Option<Softmax>> {
+        if !sampling.is_plain() || sampling.temperature == 0.0 {
+            return Ok(None);
+        }
+        let temperature = sampling.temperature;
+        let found = on_row!(logits, at, |row| {
+            let top = checked_top(row, at)?;
+            let laws = laws_of(row);
+            let quick = if rough { laws.rough_mass(row, top, temperature) } else { None };
+            let (total, within) = match quick {
+                _ if top == f64::INFINITY => return Ok(None),
+                Some(total) => (total, ROUGH),
+                None => (laws.mass(row, top, temperature), 0.0),
+            };
+            Softmax { top, temperature, total, within }
+        });
+        Ok(found)
+    }
+
+    /// `law`, reweighed and cut to the `support` most probable tokens (0: all), as a draft draws from it.
+    ///
+    /// # Errors
+    /// As [`Processor::law`].
+    pub(super) fn draft_law(
+        &mut self,
+        logits: &Array<'_>,
+        at: &[usize],
+        mut sampling: Sampling,
+        saguaro: Saguaro,
+        support: usize,
+        law: &mut Law,
+    ) -> Result<()> {
+        if support > 0 && sampling.top_p == 1.0 {
+            // Nothing beyond these can matter, and a short list has few exponentials.
+            let reach = support.saturating_add(saguaro.reach());
+            sampling.top_k = if sampling.top_k == 0 { reach } else { sampling.top_k.min(reach) };
+        }
+        self.law(logits, at, sampling, law)?;
+        if sampling.temperature > 0.0 {
+            law.reweigh(saguaro, &mut self.spare.buffer);
+        }
+        if support > 0 {
+            law.cut(support, &mut self.spare.buffer);
+        }
+        Ok(())
     }
 
     /// The errors that [`Processor::law`] would have, without the work.
@@ -250,8 +341,11 @@ impl Processor {
     /// # Errors
     /// As [`Processor::law`].
     pub fn check(&mut self, logits: &Array<'_>, at: &[usize]) -> Result<()> {
-        widen(logits, at, &mut self.z);
-        largest(&self.z, at).map(|_| ())
+        if on_row!(logits, at, |row| checked_top(row, at)?).is_none() {
+            widen(logits, at, &mut self.z);
+            checked_top(&self.z, at)?;
+        }
+        Ok(())
     }
 }
 

@@ -110,9 +110,13 @@ impl RankCurve {
         self.prior_weight * (self.unit / self.growth)
     }
 
+    /// The prior's part of all weight.
+    fn prior_share(&self) -> f64 {
+        self.prior_units() / (self.prior_units() + self.observed)
+    }
+
     fn prior_gain(&self, guesses: usize) -> f64 {
-        let units = self.prior_units();
-        (self.prior_hit(guesses + 1) - self.prior_hit(guesses)).max(0.0) * units / (units + self.observed)
+        (self.prior_hit(guesses + 1) - self.prior_hit(guesses)).max(0.0) * self.prior_share()
     }
 
     fn fit(&mut self) {
@@ -161,8 +165,7 @@ impl RankCurve {
             Some(&hit) => hit,
             None => {
                 let seen = self.gains.len();
-                let units = self.prior_units();
-                let tail = (self.prior_hit(guesses) - self.prior_hit(seen)) * units / (units + self.observed);
+                let tail = (self.prior_hit(guesses) - self.prior_hit(seen)) * self.prior_share();
                 (self.hits[seen] + tail).min(1.0)
             }
         }

@@ -1,8 +1,11 @@
-//! One token from a law and a uniform number: the inverse of the cumulative distribution.
+//! One token per row of a batch, from given laws or from logits, and the record of what it was drawn from.
 
 use super::input::{Results, fill, floating, integers, shaped};
-use super::process::{Law, Processor, SERIAL, Sampling, total};
-use crate::dtype::{Dtype, Float, Real};
+use super::law::{BLOCK, Law, draw, total};
+use super::process::{Processor, SERIAL, Sampling};
+use super::saguaro::Saguaro;
+use crate::arch::laws::Lawful;
+use crate::dtype::{Dtype, Real};
 use crate::error::{Error, Result};
 use crate::rng::{self, Purpose};
 use crate::threads;
@@ -11,25 +14,6 @@ use crate::view::{Array, ArrayMut, Matrix};
 /// How far a law's sum may be from 1. Laws are divided by their sum wherever they are used, so this only catches
 /// mistakes (logits, or a law cut by top-p and not renormalised); single-precision softmax stays far inside.
 pub const NORMALISED: f64 = 1e-4;
-
-/// The index at `uniform` in [0, 1): the first whose cumulative weight exceeds `uniform * total`.
-///
-/// Never an index of weight zero: those do not move the cumulative weight, and where rounding leaves it short of the
-/// product at the end, the last index with a positive weight is taken. There must be one.
-pub fn draw(weights: impl Iterator<Item = f64>, total: f64, uniform: f64) -> usize {
-    let target = uniform * total;
-    let (mut cumulative, mut last) = (0.0, 0);
-    for (index, weight) in weights.enumerate() {
-        if weight > 0.0 {
-            cumulative += weight;
-            last = index;
-            if cumulative > target {
-                break;
-            }
-        }
-    }
-    last
-}
 
 /// Where a batch's random numbers come from: one stream per row, named by its request.
 #[derive(Debug, Clone)]
@@ -57,6 +41,16 @@ impl Streams {
             })
         });
         Ok(Self { seed, requests: requests.collect::<Result<_>>()?, positions: positions.collect::<Result<_>>()? })
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.requests.len()
+    }
+
+    /// The name of a row's stream, and its position.
+    pub(super) fn at(&self, row: usize) -> (u32, u64) {
+        (self.requests[row], self.positions[row])
     }
 
     /// The number of a row, `offset` tokens after its position.
@@ -88,29 +82,77 @@ impl<'a> Row<'a> {
         }
     }
 
-    /// The sum, if this is a law; `name` and `at` name it in errors.
-    pub(super) fn total(&self, name: &str, at: &[usize]) -> Result<f64> {
-        fn sum<T: Float>(row: Matrix<'_, T>) -> (f64, bool) {
-            let scan =
-                |slice: &[T]| (total(slice), slice.iter().fold(false, |any, value| any | (value.widen().f64() < 0.0)));
+    /// Takes these probabilities, times `scale`, off a law's weights.
+    pub(super) fn take_from(&self, law: &mut Law, scale: f64) {
+        fn take<T: Lawful>(row: Matrix<'_, T>, law: &mut Law, scale: f64) {
             match row.row(0) {
-                Some(slice) => scan(slice),
-                None => scan(&(0..row.cols()).map(|token| row.at(0, token)).collect::<Vec<_>>()),
+                Some(row) if law.dense => T::laws().subtract(&mut law.weights, row, scale),
+                _ if law.dense => (0..row.cols()).for_each(|token| {
+                    law.take_off(token, row.at(0, token).widen().f64() * scale);
+                }),
+                _ => {
+                    for (&token, weight) in law.ids.iter().zip(&mut law.weights) {
+                        let excess = *weight - row.at(0, token).widen().f64() * scale;
+                        *weight = if excess > 0.0 { excess } else { 0.0 };
+                    }
+                }
             }
         }
-        let (sum, negative) = match *self {
-            Row::Single(row) => sum(row),
-            Row::Double(row) => sum(row),
-        };
-        if !negative && (sum - 1.0).abs() <= NORMALISED {
-            return Ok(sum);
+        match *self {
+            Row::Single(row) => take(row, law, scale),
+            Row::Double(row) => take(row, law, scale),
         }
-        let at: Vec<_> = at.iter().map(usize::to_string).collect();
-        let got = if negative { "a negative entry".to_string() } else { format!("a sum of {sum}") };
-        let allowed = format!("probabilities >= 0 that add up to 1 within {NORMALISED}");
-        Err(Error::value(&format!("{name}[{}]", at.join(", ")), allowed, got)
-            .hint("pass the law the token was drawn from, after temperature, top-k and top-p, renormalised"))
     }
+
+    /// The token at a uniform number, by the sum.
+    fn draw(&self, sum: f64, uniform: f64) -> usize {
+        fn at<T: Lawful>(row: Matrix<'_, T>, sum: f64, uniform: f64) -> usize {
+            match row.row(0) {
+                Some(slice) => draw(slice, sum, uniform),
+                None => draw(&(0..row.cols()).map(|token| row.at(0, token)).collect::<Vec<_>>(), sum, uniform),
+            }
+        }
+        match *self {
+            Row::Single(row) => at(row, sum, uniform),
+            Row::Double(row) => at(row, sum, uniform),
+        }
+    }
+
+    /// The sum, if this is a law; `name` and `at` name it in errors.
+    pub(super) fn total(&self, name: &str, at: &[usize]) -> Result<f64> {
+        fn sum<T: Lawful>(row: Matrix<'_, T>, sums: &mut Vec<f64>) -> bool {
+            match row.row(0) {
+                Some(slice) => block_sums(slice, sums),
+                None => block_sums(&(0..row.cols()).map(|token| row.at(0, token)).collect::<Vec<_>>(), sums),
+            }
+        }
+        let mut sums = Vec::new();
+        let positive = match *self {
+            Row::Single(row) => sum(row, &mut sums),
+            Row::Double(row) => sum(row, &mut sums),
+        };
+        lawful(name, at, positive, &sums)
+    }
+}
+
+/// The sum of each block of weights, in `sums`; whether none is negative.
+pub(super) fn block_sums<T: Lawful>(weights: &[T], sums: &mut Vec<f64>) -> bool {
+    sums.clear();
+    sums.resize(weights.len().div_ceil(BLOCK), 0.0);
+    T::laws().block_sums(weights, sums)
+}
+
+/// The sum of a row with these block sums, if it is a law.
+pub(super) fn lawful(name: &str, at: &[usize], positive: bool, sums: &[f64]) -> Result<f64> {
+    let sum = sums.iter().fold(0.0, |all, sum| all + sum);
+    if positive && (sum - 1.0).abs() <= NORMALISED {
+        return Ok(sum);
+    }
+    let at: Vec<_> = at.iter().map(usize::to_string).collect();
+    let got = if positive { format!("a sum of {sum}") } else { "a negative entry".to_string() };
+    let allowed = format!("probabilities >= 0 that add up to 1 within {NORMALISED}");
+    Err(Error::value(&format!("{name}[{}]", at.join(", ")), allowed, got)
+        .hint("pass the law the token was drawn from, after temperature, top-k and top-p, renormalised"))
 }
 
 /// Refuses laws that are not single or double precision: in less, a law is no longer what was sampled.
@@ -151,7 +193,7 @@ pub fn sample_laws(laws: &Array<'_>, streams: &Streams, purpose: Purpose, tokens
                 row,
                 law.total("probabilities", &[row]).map(|sum| {
                     let uniform = streams.uniform(row, 0, purpose);
-                    draw((0..laws.shape()[1]).map(|token| law.get(token)), sum, uniform)
+                    law.draw(sum, uniform)
                 }),
             );
         },
@@ -160,54 +202,98 @@ pub fn sample_laws(laws: &Array<'_>, streams: &Streams, purpose: Purpose, tokens
     Ok(())
 }
 
-/// Draws one token per row of `logits [B, V]` into `tokens [B]` (int64); with `laws [B, V]` (float32 or float64) also
-/// writes the law each was drawn from. Then the law is rounded first and the token drawn from the rounded one, so what
-/// is recorded is what was sampled.
+/// Where the law of a drafted token is written: `[B, V]` probabilities, or `[B, m]` ids (int32) and probabilities of the
+/// m most probable tokens, to which the law is cut.
+#[derive(Debug)]
+pub enum Record<'a> {
+    /// Nowhere.
+    None,
+    /// All tokens (float32 or float64).
+    Dense(ArrayMut<'a>),
+    /// Ids and their probabilities (float32 or float64).
+    Sparse(ArrayMut<'a>, ArrayMut<'a>),
+}
+
+/// Draws one token per row of `logits [B, V]` into `tokens [B]` (int64) and records the law each was drawn from. The law
+/// is rounded to the record's type first and the token drawn from the rounded one, so what is recorded is what was
+/// sampled. `saguaro`: one rule a row, or none.
 ///
 /// # Errors
-/// Wrong ranks, extents or types; NaN or wholly masked rows.
+/// Wrong ranks, extents or types; NaN or wholly masked rows; a record of no tokens.
 pub fn sample_logits(
     logits: &Array<'_>,
     rules: &[Sampling],
+    saguaro: &[Saguaro],
     streams: &Streams,
     purpose: Purpose,
     tokens: ArrayMut<'_>,
-    laws: Option<ArrayMut<'_>>,
+    record: Record<'_>,
 ) -> Result<()> {
     floating("logits", logits)?;
     shaped("logits", logits, "[B, V]", &[Some(rules.len()), None])?;
     tokens_out(&tokens, rules.len())?;
-    match laws {
-        None => sample::<f64>(logits, rules, streams, purpose, tokens, None),
-        Some(laws) if laws.shape() != logits.shape() => {
-            Err(Error::shape("laws", "the shape of logits, [B, V]", laws.shape()))
+    assert!(saguaro.is_empty() || saguaro.len() == rules.len());
+    let dtype = match &record {
+        Record::None => Dtype::F64,
+        Record::Dense(laws) => {
+            if laws.shape() != logits.shape() {
+                return Err(Error::shape("laws", "the shape of logits, [B, V]", laws.shape()));
+            }
+            laws.dtype()
         }
-        Some(laws) => match laws.dtype() {
-            Dtype::F32 => sample::<f32>(logits, rules, streams, purpose, tokens, Some(laws)),
-            Dtype::F64 => sample::<f64>(logits, rules, streams, purpose, tokens, Some(laws)),
-            other => Err(Error::dtype("laws", "float32 or float64", other)),
-        },
+        Record::Sparse(ids, laws) => {
+            if ids.shape().len() != 2 || ids.shape()[0] != rules.len() || ids.shape()[1] == 0 {
+                return Err(Error::shape("ids", format!("[B = {}, m >= 1]", rules.len()), ids.shape()));
+            }
+            if ids.dtype() != Dtype::I32 {
+                return Err(Error::dtype("ids", "int32", ids.dtype()));
+            }
+            if laws.shape() != ids.shape() {
+                return Err(Error::shape("laws", format!("the shape of ids, {:?}", ids.shape()), laws.shape()));
+            }
+            if i32::try_from(logits.shape()[1]).is_err() {
+                return Err(Error::shape("logits", "[B, V] with V < 2^31, for int32 ids", logits.shape()));
+            }
+            laws.dtype()
+        }
+    };
+    match dtype {
+        Dtype::F32 => sample::<f32>(logits, rules, saguaro, streams, purpose, tokens, record),
+        Dtype::F64 => sample::<f64>(logits, rules, saguaro, streams, purpose, tokens, record),
+        other => Err(Error::dtype("laws", "float32 or float64", other)),
     }
 }
 
-fn sample<T: Float>(
+fn sample<T: Lawful>(
     logits: &Array<'_>,
     rules: &[Sampling],
+    saguaro: &[Saguaro],
     streams: &Streams,
     purpose: Purpose,
     tokens: ArrayMut<'_>,
-    laws: Option<ArrayMut<'_>>,
+    record: Record<'_>,
 ) -> Result<()> {
-    let laws = laws.map(ArrayMut::rows::<T>);
+    let (laws, lists) = match record {
+        Record::None => (None, None),
+        Record::Dense(laws) => (Some(laws.rows::<T>()), None),
+        Record::Sparse(ids, laws) => (None, Some((ids.rows::<i32>(), laws.rows::<T>()))),
+    };
+    let support = lists.as_ref().map_or(0, |(ids, _)| ids.width());
     let results = Results::new(rules.len());
     let serial = logits.len() < SERIAL;
     threads::for_each(rules.len(), serial, Default::default, |row, (processor, law): &mut (Processor, Law)| {
-        let result = processor.law(logits, &[row], rules[row], law).map(|()| {
+        let rule = saguaro.get(row).copied().unwrap_or(Saguaro::OFF);
+        let result = processor.draft_law(logits, &[row], rules[row], rule, support, law).map(|()| {
             let uniform = streams.uniform(row, 0, purpose);
-            let Some(laws) = &laws else { return law.draw(uniform) };
-            let recorded = laws.take(row);
-            law.write(recorded);
-            draw(recorded.iter().map(|weight| weight.widen().f64()), total(recorded), uniform)
+            if let Some(laws) = &laws {
+                let recorded = laws.take(row);
+                law.write(recorded);
+                return draw(recorded, total(recorded), uniform);
+            }
+            let Some((ids, laws)) = &lists else { return law.draw(uniform) };
+            let (ids, recorded) = (ids.take(row), laws.take(row));
+            let count = law.write_sparse(ids, recorded);
+            ids[draw(&recorded[..count], total(&recorded[..count]), uniform)] as usize
         });
         results.put(row, result);
     })?;
@@ -218,33 +304,6 @@ fn sample<T: Float>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
-
-    /// The largest number `uniform` returns.
-    const LAST: f64 = 1.0 - 1.0 / (1u64 << 53) as f64;
-
-    fn at(weights: &[f64], uniform: f64) -> usize {
-        draw(weights.iter().copied(), total(weights), uniform)
-    }
-
-    #[test]
-    fn edges_of_the_cumulative_distribution() {
-        let law = [0.0, 0.25, 0.0, 0.5, 0.25, 0.0];
-        assert_eq!([0.0, 0.249, 0.25, 0.749, 0.75, LAST].map(|u| at(&law, u)), [1, 1, 3, 3, 4, 4]);
-        // A total that rounding left too large must not lead to a token of probability zero.
-        assert_eq!(draw([0.3, 0.7, 0.0].into_iter(), 1.0 + 1e-9, LAST), 1);
-    }
-
-    proptest! {
-        #[test]
-        fn no_token_of_probability_zero(weights in prop::collection::vec(prop_oneof![Just(0.0), 1e-300f64..1e-290, 0.0f64..1.0], 1..50), u in 0.0f64..1.0) {
-            prop_assume!(weights.iter().any(|&w| w > 0.0));
-            for u in [u, 0.0, LAST] {
-                prop_assert!(weights[at(&weights, u)] > 0.0);
-            }
-        }
-    }
-
     #[test]
     fn what_is_recorded_is_what_was_drawn() {
         let logits = [0.1f32, 0.2, 0.3, -0.4, 0.0, 1.0, 2.0, f32::NEG_INFINITY];
@@ -264,10 +323,11 @@ mod tests {
             sample_logits(
                 &logits,
                 &rules,
+                &[],
                 &streams,
                 Purpose::Draft,
                 out,
-                Some(ArrayMut::from_slice(&mut law, &[1, 8]).unwrap()),
+                Record::Dense(ArrayMut::from_slice(&mut law, &[1, 8]).unwrap()),
             )
             .unwrap();
             let out = ArrayMut::from_slice(&mut redrawn, &[1]).unwrap();

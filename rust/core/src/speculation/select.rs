@@ -1,5 +1,6 @@
 //! Which tokens top-k and top-p keep, in linear time.
 
+use crate::arch::ranking::{Ranked, Ranking};
 use std::cmp::Ordering;
 
 /// Below this many candidates the nucleus is found by sorting.
@@ -27,6 +28,25 @@ pub(super) fn kth_largest(z: &[f64], k: usize, buffer: &mut Vec<f64>) -> f64 {
         }
     }
     *buffer.select_nth_unstable_by(k - 1, descending).1
+}
+
+/// The most tokens that [`candidates`] looks for: half of its bins.
+pub(super) fn reach<T: Ranked>() -> usize {
+    T::ranking().lanes() * Ranking::<T>::REGISTERS / 2
+}
+
+/// How many elements of `row` reach a bar that is at most the k-th largest (1 <= k <= [`reach`]; no NaN). Their indices,
+/// ascending, are the first of `found`. The bar is the k-th largest of the tops of many bins, so few others pass.
+pub(super) fn candidates<T: Ranked>(row: &[T], k: usize, found: &mut Vec<u32>, tops: &mut Vec<T>) -> usize {
+    let ranking = T::ranking();
+    tops.resize(ranking.lanes() * Ranking::<T>::REGISTERS, T::NEG_INFINITY);
+    ranking.bins(row, tops);
+    let down = |a: &T, b: &T| b.partial_cmp(a).unwrap_or(Ordering::Equal);
+    let bar = *tops.select_nth_unstable_by(k - 1, down).1;
+    if found.len() < row.len() {
+        found.resize(row.len(), 0);
+    }
+    ranking.at_least(row, bar, &mut found[..row.len()])
 }
 
 /// The last member of the nucleus: the smallest set of entries, taken by falling `z` (ties: rising index), whose
@@ -94,6 +114,18 @@ mod tests {
             let mut sorted = z.clone();
             sorted.sort_by(descending);
             prop_assert_eq!(kth_largest(&z, k, &mut Vec::new()), sorted[k - 1]);
+        }
+
+        #[test]
+        fn candidates_hold_the_largest(z in prop::collection::vec((-40i32..40).prop_map(|x| x as f32), 1..900), k in 1usize..20) {
+            let k = k.min(z.len());
+            let bar = kth_largest(&z.iter().map(|&x| f64::from(x)).collect::<Vec<_>>(), k, &mut Vec::new());
+            let mut found = Vec::new();
+            let count = candidates(&z, k, &mut found, &mut Vec::new());
+            prop_assert!(found[..count].is_sorted());
+            for (index, &value) in z.iter().enumerate() {
+                prop_assert!(f64::from(value) < bar || found[..count].contains(&(index as u32)));
+            }
         }
 
         // Weights are powers of two, so that sums are exact in any order and ties are real.

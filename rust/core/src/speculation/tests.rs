@@ -84,7 +84,7 @@ impl Model {
             chains = (chains.into_iter())
                 .flat_map(|(prefix, mass)| {
                     let q = self.q(&prefix, draft);
-                    let total = process::total(&q);
+                    let total = law::total(&q);
                     let grow = move |(token, q): (usize, f64)| {
                         let mut longer = prefix.clone();
                         longer.push(token);
@@ -137,7 +137,7 @@ impl Model {
                 assert!((0.0..=1.0).contains(&accept));
                 let mut law = vec![0.0; v];
                 chain.correction(i, &mut scratch).unwrap().write(&mut law);
-                assert!((process::total(&law) - 1.0).abs() < 1e-14 && law.iter().all(|&r| r >= 0.0));
+                assert!((law::total(&law) - 1.0).abs() < 1e-14 && law.iter().all(|&r| r >= 0.0));
                 for (token, r) in law.into_iter().enumerate() {
                     let mut prefix = tokens[..i].to_vec();
                     prefix.push(token);

@@ -9,6 +9,7 @@
 //! * [`activation`]: the function between an expert's two products, and its derivative;
 //! * [`rank`]: which elements of a row are large, and the scores they are ranked by (routers, token rounding);
 //! * [`pointwise`]: small row operations;
+//! * [`laws`]: rows of logits and of probabilities, in plain Rust (speculation);
 //! * [`lanes`]: the operations of expressions over slices, in plain Rust; [`elementary`]: their functions of one number.
 
 pub(super) mod activation;
@@ -16,6 +17,7 @@ pub(super) mod elementary;
 pub(super) mod lanes;
 #[cfg(test)]
 mod lanes_tests;
+pub(crate) mod laws;
 pub(super) mod pack;
 pub(super) mod pointwise;
 pub(super) mod rank;

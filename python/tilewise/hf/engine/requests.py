@@ -1,0 +1,97 @@
+"""A sequence as the engine sees it: its tokens, when it ends, and what the caller has read of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tilewise.hf.runners import Runner
+
+__all__ = ["Generated", "Lookup", "Request", "Stops"]
+
+
+class Lookup(Protocol):
+    """A draft without a model: proposes tokens from those already there."""
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append committed tokens."""
+        ...
+
+    def propose(self, count: int) -> list[int]:
+        """At most `count` tokens that may follow."""
+        ...
+
+
+@dataclass
+class Generated:
+    """What came of a prompt.
+
+    Attributes:
+        tokens: the new tokens; the last may be a stop token.
+        reason: ``"limit"``, ``"stopped"`` (a stop token or a stop string) or ``"aborted"``.
+        text: of the new tokens, up to and with the stop string, if a tokenizer was given.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    reason: str = ""
+    text: str | None = None
+
+
+class Stops:
+    """When a sequence ends: after a stop token, or where the text first holds a stop string."""
+
+    def __init__(self, tokens: Collection[int], strings: Sequence[str], tokenizer: object | None):
+        self._tokens, self._strings = frozenset(tokens), tuple(strings)
+        self._stream = tokenizer.stream() if tokenizer is not None and self._strings else None  # type: ignore[attr-defined]
+        self._tail = ""
+        self._longest = max((len(string) for string in self._strings), default=0)
+
+    def after(self, token: int) -> bool:
+        """Whether this token is the last."""
+        if token in self._tokens:
+            return True
+        if self._stream is None:
+            return False
+        # Only text that this token completes can be new; what is older cannot begin a string that ends here.
+        self._tail += self._stream.feed(token)
+        found = any(string in self._tail for string in self._strings)
+        self._tail = self._tail[max(0, len(self._tail) - self._longest) :]
+        return found
+
+
+@dataclass
+class Request:
+    """One sequence in the engine."""
+
+    stream: int
+    request: int
+    prompt: list[int]
+    limit: int
+    stops: Stops
+    result: Generated
+    runner: Runner | None = None
+    lookup: Lookup | None = None
+    tokens: list[int] = field(default_factory=list)
+    """Prompt and committed tokens."""
+    chains: dict[int, tuple[list[int], list[object] | None]] = field(default_factory=dict)
+    """Chains of rounds in verification: tokens and laws."""
+    unread: list[int] = field(default_factory=list)
+    started: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended."""
+        return bool(self.result.reason)
+
+    def emit(self, tokens: Sequence[int]) -> tuple[int, bool]:
+        """Commit tokens up to the limit and the first stop; returns how many, and whether a stop was among them."""
+        for count, token in enumerate(tokens, start=1):
+            self.tokens.append(token)
+            self.result.tokens.append(token)
+            self.unread.append(token)
+            if self.stops.after(token):
+                return count, True
+            if len(self.result.tokens) == self.limit:
+                return count, False
+        return len(tokens), False

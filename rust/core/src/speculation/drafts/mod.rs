@@ -1,0 +1,25 @@
+//! Drafts that are no model: the next tokens are guessed from the text itself (and from the prompt before it).
+//!
+//! * [`ngram`]: what followed the most recent occurrence of the last n tokens;
+//! * [`suffix`]: what most often followed the longest context that was seen before.
+//!
+//! Both are functions of the text, so what they propose are point masses: verification needs no law of them. An index
+//! belongs to one stream, grows by appending and is cut back by length. Costs do not depend on the length of the text.
+
+pub mod ngram;
+pub mod suffix;
+
+pub use ngram::NGramIndex;
+pub use suffix::SuffixIndex;
+
+#[cfg(test)]
+mod tests;
+
+/// What an index proposes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Proposal {
+    /// The next tokens; none: nothing was found.
+    pub tokens: Vec<u32>,
+    /// How many of the last tokens of the text were matched to find the first of them.
+    pub matched: usize,
+}

@@ -1,0 +1,174 @@
+"""Branches of a draft: many in one step are what one after the other would be (P17), and what the trunk becomes."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import numpy as np  # noqa: E402
+
+from tilewise.hf.engine import rows as rows_module  # noqa: E402
+from tilewise.hf.engine.guesser import Guesser  # noqa: E402
+from tilewise.hf.engine.rows import CacheRows, LeanRows, ReplayRows, rows_of  # noqa: E402
+from tilewise.hf.engine.rules import Settings, rule_of  # noqa: E402
+from tilewise.hf.runners import runners  # noqa: E402
+from tilewise.hf.testing import random_draft, random_target  # noqa: E402
+
+TRUNK = [5, 17, 3, 99, 42, 7, 11]
+KINDS = {"lean": LeanRows, "cache": CacheRows, "replay": ReplayRows}
+ATOL = {"lean": 1e-10, "cache": 1e-10, "replay": 1e-6}  # the target computes parts of itself in float32
+
+
+def start_of(kind):
+    """A way to begin a sequence whose branches are of this kind."""
+    if kind == "replay":  # sparse layers keep more than keys, so their cache cannot hold branches
+        return runners(random_target(dtype=torch.float64), rollback=True)
+    return runners(random_draft(dtype=torch.float64), rollback=True, lean=kind == "lean")
+
+
+def logits_after(start, tokens):
+    with torch.inference_mode():
+        return start().feed(tokens, last=1)[0].numpy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fed", [6, 7])
+def test_P17_branches_together_are_branches_alone(kind, fed):
+    start = start_of(kind)
+    runner = start()
+    paths = {0: (7, [1, 2, 3]), 1: (7, [9, 9]), 2: (3, [1, 2, 3]), 3: (4, [250]), 4: (1, [8, 0, 1])}
+    with torch.inference_mode():
+        runner.feed(TRUNK[:fed])
+        rows = rows_of(runner, TRUNK)
+        assert type(rows) is KINDS[kind]
+        if fed < len(TRUNK):
+            last = rows.branch(fed)
+            got = rows.feed([last], TRUNK[fed:]).numpy()[0]
+            np.testing.assert_allclose(got, logits_after(start, TRUNK), rtol=0, atol=1e-10)
+        numbers = {name: rows.branch(extent) for name, (extent, _) in paths.items()}
+        for step in range(3):
+            now = [name for name in reversed(paths) if len(paths[name][1]) > step]  # any order, any subset
+            got = rows.feed([numbers[name] for name in now], [paths[name][1][step] for name in now]).numpy()
+            for row, name in zip(got, now, strict=True):
+                extent, own = paths[name]
+                want = logits_after(start, TRUNK[:extent] + own[: step + 1])
+                np.testing.assert_allclose(row, want, rtol=0, atol=ATOL[kind])
+        rows.adopt(numbers[2])
+        assert runner.tokens == TRUNK[:3] + [1, 2, 3]
+        got = runner.feed([77, 78], last=1)[0].numpy()
+        np.testing.assert_allclose(got, logits_after(start, [*TRUNK[:3], 1, 2, 3, 77, 78]), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropped_branches_leave_no_trace(kind):
+    start = start_of(kind)
+    runner = start()
+    with torch.inference_mode():
+        runner.feed(TRUNK)
+        rows = rows_of(runner, TRUNK)
+        rows.feed([rows.branch(2), rows.branch(7)], [1, 2])
+        rows.drop()
+        assert runner.tokens == TRUNK[: runner.length]
+        got = runner.feed([*TRUNK[runner.length :], 50], last=1)[0].numpy()
+    np.testing.assert_allclose(got, logits_after(start, [*TRUNK, 50]), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("rule", [Settings(), Settings(temperature=0.9, seed=4), Settings("rejection", 0.9, seed=4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_P6_every_entry_is_what_drafting_from_its_outcome_gives(kind, rule):
+    start = start_of(kind)
+    made = rule_of(rule, 256)
+
+    def fresh(tokens, count):
+        other, laws = Guesser(start(), made, 3, 8, 512), []
+        other.open(tokens)
+        other.draft(count, laws)
+        return other, laws
+
+    with torch.inference_mode():
+        guesser = Guesser(start(), made, 3, 8, 512)
+        guesser.open(TRUNK)
+        guesser.draft(3, [])
+        for number in range(4):
+            guesser.begin(number, [2] * (len(guesser.chain) + 1), 3)
+            while not guesser.build.done:
+                guesser.step()
+            build, chain = guesser.build, guesser.chain
+            assert len(build.branches) == 2 * (len(chain) + 1)
+            keys = [(branch.accepted, branch.token) for branch in build.branches]
+            assert len(set(keys)) == len(keys)
+            for branch in build.branches:
+                if branch.accepted < len(chain):
+                    assert branch.token != chain[branch.accepted]  # P7: a refused token is never what follows
+                before = [*guesser.tokens[: guesser.committed + branch.accepted], branch.token]
+                other, laws = fresh(before, 3)
+                assert branch.tokens == other.chain
+                assert all((a == b).all() for a, b in zip(branch.orders, other.orders, strict=True))
+                for mine, theirs in zip(branch.laws, laws, strict=True):
+                    assert (mine[0] == theirs[0]).all()
+                    np.testing.assert_allclose(mine[1], theirs[1], atol=1e-10)
+            taken = build.branches[(5 * number + 2) % len(build.branches)]
+            news = [*guesser.chain[: taken.accepted], taken.token]
+            guesser.settle(guesser.committed, news, 2 if number % 2 else None)
+            assert guesser.chain == taken.tokens[: 2 if number % 2 else None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outcomes_that_nobody_guessed_and_builds_cut_short(kind):
+    start = start_of(kind)
+    rule = rule_of(Settings(), 256)
+    with torch.inference_mode():
+        guesser = Guesser(start(), rule, 0, 8, 512)
+        guesser.open(TRUNK)
+        for number, (steps, accepted, token) in enumerate([(0, 2, 201), (1, 0, 202), (2, 3, 203), (9, 1, 204)]):
+            guesser.draft(3, [])
+            guesser.begin(number, [1] * 4, 3)
+            for _ in range(steps):
+                if not guesser.build.done:
+                    guesser.step()
+            start_at, news = guesser.committed, [*guesser.chain[:accepted], token]
+            before = guesser.tokens[:start_at]
+            guesser.settle(start_at, news, None)
+            assert guesser.tokens == before + news and not guesser.chain
+        other = Guesser(start(), rule, 0, 8, 512)
+        other.open(guesser.tokens)
+        other.draft(4, [])
+        guesser.draft(4, [])
+        assert guesser.chain == other.chain
+
+
+def test_a_given_chain_and_its_guesses():
+    start, rule = start_of("lean"), rule_of(Settings(), 256)
+    with torch.inference_mode():
+        guesser = Guesser(start(), rule, 0, 8, 512)
+        guesser.open(TRUNK)
+        guesser.give([1, 2, 3])
+        assert len(guesser.orders) == 4
+        for accepted in range(4):
+            order = guesser.orders[accepted]
+            want = logits_after(start, [*TRUNK, *[1, 2, 3][:accepted]])
+            assert order[0] == want.argmax()
+        guesser.begin(0, [3, 3, 3, 3], 2)
+        refused = {(branch.accepted, branch.token) for branch in guesser.build.branches}
+        assert not refused & {(0, 1), (1, 2), (2, 3)}
+
+
+def test_E17_no_draft_beyond_the_positions_the_model_knows():
+    start, rule = start_of("lean"), rule_of(Settings(), 256)
+    with torch.inference_mode():
+        guesser = Guesser(start(), rule, 0, 4, 10)
+        guesser.open(TRUNK)
+        guesser.draft(50, [])
+        assert len(guesser.tokens) == 10
+        guesser.begin(0, [2] * 4, 5)
+        assert guesser.build.depth == 0
+        while not guesser.build.done:
+            guesser.step()
+        assert all(not branch.tokens for branch in guesser.build.branches)
+
+
+def test_kinds_follow_the_model(monkeypatch):
+    runner = start_of("cache")()
+    assert type(rows_of(runner, [])) is CacheRows
+    monkeypatch.setattr(rows_module.CacheRows, "computes", staticmethod(lambda _: False))
+    assert type(rows_of(runner, [])) is ReplayRows
