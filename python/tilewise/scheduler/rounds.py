@@ -71,6 +71,8 @@ class Rounds:
         workers: how many draft workers there may be. Each counts from its ``("worker_ready", worker)`` on.
         vocabulary: number of different tokens.
         seed: of the few random choices (when to try what is not known well enough).
+        together: always verify all streams together; otherwise rows that have their chains go ahead of rows that wait
+            for a draft where that is estimated to give more tokens per second.
 
     Raises:
         ArgumentError: a setting out of its range.
@@ -101,13 +103,16 @@ class Rounds:
         workers: int = 1,
         vocabulary: int,
         seed: int = 0,
+        together: bool = False,
     ) -> None:
         values = {"draft_length": draft_length, "budget": budget, "max_batch": max_batch, "workers": workers}
         values |= {"vocabulary": vocabulary, "seed": seed} | ({} if depth is None else {"depth": depth})
         for name, value in values.items():
             most = 2**64 if name == "seed" else 2**32
             if isinstance(value, bool) or not 0 <= value < most:
-                raise ArgumentError(f"{name}: expected an integer in [0, 2^{64 if name == 'seed' else 32}), got {value!r}")
+                raise ArgumentError(
+                    f"{name}: expected an integer in [0, 2^{64 if name == 'seed' else 32}), got {value!r}"
+                )
         self._core = _core.Rounds(
             draft_length=draft_length,
             budget=budget,
@@ -119,6 +124,7 @@ class Rounds:
             workers=workers,
             vocabulary=vocabulary,
             seed=seed,
+            together=together,
         )
 
     def handle(self, now: float, event: tuple[Any, ...]) -> list[tuple[Any, ...]]:
