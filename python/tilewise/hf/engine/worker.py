@@ -3,7 +3,7 @@
 ```text
 loop:  take all commands that have come (wait for one if there is nothing to build)
        then one step of the build that was begun last, of one stream after the other
-       a build that is complete is sent at once, with all its entries
+       a build that is complete is sent at once, with all its entries; one that will be late, before the target asks
 ```
 A command about a stream ends its build. The process ends when the link or its standard input does: when the target's
 process is gone, in whatever way, nothing is left.
@@ -28,10 +28,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import tilewise.hf
 from tilewise import _core
-from tilewise.hf.engine.guesser import Branch, Guesser
+from tilewise.hf.engine.guesser import Branch, Build, Guesser
 from tilewise.hf.engine.link import Link, ready
 from tilewise.hf.engine.rules import Law, Rule, Settings, rule_of
 from tilewise.hf.runners import Runner, runners
+
+_EARLY = 0.75
 
 __all__ = ["Worker", "main", "pack_model", "unpack_model"]
 
@@ -83,6 +85,9 @@ class Worker:
         self._building: list[int] = []
         self._spent: dict[int, float] = {}
         self._begun: dict[int, float] = {}
+        self._usual = float("inf")
+        self._early: dict[int, int] = {}
+        self._asked: dict[int, float] = {}
         self._handles = 0
         self._published: dict[int, tuple[int, int, int]] = {}
         self._rule: Rule | None = None
@@ -161,6 +166,10 @@ class Worker:
         guesser = self._streams[stream]
         if not tokens:
             return None
+        asked = self._asked.pop(stream, None)
+        if asked is not None:
+            waited = time.perf_counter() - asked
+            self._usual = waited if self._usual == float("inf") else self._usual + (waited - self._usual) / 8
         rank = guesser.rank(len(tokens) - 1, tokens[-1])
         if rank is not None:
             self._say("rank", stream, number, rank)
@@ -198,6 +207,7 @@ class Worker:
             guesser.give(given)
         guesser.begin(number, fan_out, depth)
         self._spent[stream], self._begun[stream] = time.perf_counter() - began, began
+        self._asked[stream] = began
         self._building.append(stream)
 
     def _advance(self, stream: int) -> None:
@@ -207,11 +217,17 @@ class Worker:
         began = time.perf_counter()
         if not build.done:
             guesser.step()
-        self._spent[stream] += time.perf_counter() - began
+        now = time.perf_counter()
+        self._spent[stream] += now - began
         if build.done:
-            self._finish(stream, publish=True)
-        else:
-            self._building.append(self._building.pop(0))
+            return self._finish(stream, publish=True)
+        # The target asks about as late after a build's command as it did before. Shortly before that, what there is
+        # goes out: the outcome then finds a short chain instead of none. Only the time decides.
+        elapsed = now - self._begun[stream]
+        if elapsed > _EARLY * self._usual and build.round != self._early.get(stream):
+            self._early[stream] = build.round
+            self._publish(stream, build, elapsed)
+        self._building.append(self._building.pop(0))
 
     def _finish(self, stream: int, publish: bool) -> None:
         """The build is over; its branches stay until the outcome is known."""
@@ -220,16 +236,20 @@ class Worker:
         assert build is not None
         elapsed = time.perf_counter() - self._begun.pop(stream)
         if publish:
-            entries = []
-            for branch in build.branches:
-                if branch.tokens:
-                    handle = self._handle()
-                    self._published[handle] = (stream, build.round, len(branch.tokens))
-                    self._content(handle, branch.tokens, branch.laws)
-                    entries.append((branch.accepted, branch.token, len(branch.tokens), handle))
-            self._say("entries", stream, build.round, entries, elapsed)
+            self._publish(stream, build, elapsed)
         steps = max((len(branch.tokens) for branch in build.branches), default=0)
         self._say("built", stream, build.round, self._spent.pop(stream), steps, len(build.branches), elapsed)
+
+    def _publish(self, stream: int, build: Build, elapsed: float) -> None:
+        """Sends what the branches have so far."""
+        entries = []
+        for branch in build.branches:
+            if branch.tokens:
+                handle = self._handle()
+                self._published[handle] = (stream, build.round, len(branch.tokens))
+                self._content(handle, branch.tokens, branch.laws)
+                entries.append((branch.accepted, branch.token, len(branch.tokens), handle))
+        self._say("entries", stream, build.round, entries, elapsed)
 
     def _handle(self) -> int:
         self._handles += 1
