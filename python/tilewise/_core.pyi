@@ -43,6 +43,7 @@ __all__ = [
     "route",
     "route_backward",
     "scheduler_critical_batch",
+    "scheduler_simulate",
     "set_num_threads",
     "speculation_accept",
     "speculation_correct",
@@ -351,6 +352,7 @@ class Rounds:
         workers: int,
         vocabulary: int,
         seed: int,
+        together: bool = False,
     ) -> Rounds: ...
     def handle(self, now: float, event: tuple[Any, ...]) -> list[tuple[Any, ...]]: ...
     def next_deadline(self) -> float | None: ...
@@ -358,6 +360,29 @@ class Rounds:
     def stats(self) -> dict[str, Any]: ...
 
 def scheduler_critical_batch(hit: float, on_hit: float, neural: float, fast: float, time: float) -> float: ...
+def scheduler_simulate(
+    *,
+    draft_length: int,
+    budget: int,
+    depth: int,
+    fallback: str,
+    max_batch: int,
+    adaptive: bool,
+    vocabulary: int,
+    seed: int,
+    targets: int,
+    drafts: int,
+    streams: int,
+    tokens: int,
+    target: Sequence[float],
+    draft: Sequence[float],
+    glue: float,
+    link: Sequence[float],
+    process: tuple[Any, ...],
+    whole_only: bool,
+    together: bool,
+    log: bool,
+) -> dict[str, Any]: ...
 
 @final
 class Races:

@@ -4,6 +4,9 @@ The real engine, the simulator (virtual time) and the tests (adversarial orders)
 package reads a clock, sleeps, spawns or touches a file, and all of it runs with NumPy alone.
 
 * :mod:`tilewise.scheduler.rounds`: :class:`Rounds`, the rounds of speculative decoding with drafts made ahead;
+* :mod:`tilewise.scheduler.simulation`: :func:`simulate`, the same machine in virtual time;
+* :mod:`tilewise.scheduler.formulas`: what speculation gives on average, in closed form;
+* :mod:`tilewise.scheduler.plans`: :func:`plan`, from measured times to what to run;
 * :mod:`tilewise.scheduler.planning`: dynamic speculative planning of agents;
 * :mod:`tilewise.scheduler.confidence`: how sure a model was along a reasoning trace;
 * :mod:`tilewise.scheduler.voting`, :mod:`tilewise.scheduler.stopping`: the answer of many traces; ending weak ones;
@@ -13,6 +16,9 @@ package reads a clock, sleeps, spawns or touches a file, and all of it runs with
 
 from __future__ import annotations
 
+from tilewise.scheduler import formulas
+from tilewise.scheduler.plans import Measurements, Plan, plan
 from tilewise.scheduler.rounds import Rounds
+from tilewise.scheduler.simulation import Simulation, Times, Toy, simulate
 
-__all__ = ["Rounds"]
+__all__ = ["Measurements", "Plan", "Rounds", "Simulation", "Times", "Toy", "formulas", "plan", "simulate"]

@@ -71,6 +71,8 @@ class Rounds:
         workers: how many draft workers there may be. Each counts from its ``("worker_ready", worker)`` on.
         vocabulary: number of different tokens.
         seed: of the few random choices (when to try what is not known well enough).
+        together: always verify all streams together; otherwise rows that have their chains go ahead of rows that wait
+            for a draft where that is estimated to give more tokens per second.
 
     Raises:
         ArgumentError: a setting out of its range.
@@ -101,6 +103,7 @@ class Rounds:
         workers: int = 1,
         vocabulary: int,
         seed: int = 0,
+        together: bool = False,
     ) -> None:
         values = {"draft_length": draft_length, "budget": budget, "max_batch": max_batch, "workers": workers}
         values |= {"vocabulary": vocabulary, "seed": seed} | ({} if depth is None else {"depth": depth})
@@ -121,6 +124,7 @@ class Rounds:
             workers=workers,
             vocabulary=vocabulary,
             seed=seed,
+            together=together,
         )
 
     def handle(self, now: float, event: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -142,7 +146,8 @@ class Rounds:
         ``"histogram"[k]`` counts rounds with k accepted tokens; ``"lookups"`` and ``"hits"`` go by what the lookup
         before was; ``"wait_seconds"`` is the target's idle time by cause (``"idle"``: nothing was wanted, ``"start"``,
         ``"miss"``, ``"late"``); ``"discarded"`` counts drafted tokens that were never verified. Seconds, and tokens per
-        second. ``"times"``: target seconds are t0 + t1 tokens + t2 rows, draft seconds d0 (1 + s) + d1 s branches.
+        second. ``"times"``: target seconds are t0 + t1 tokens + t2 rows, those of a
+        chain of s tokens c0 + c1 s (``"draft"``), of a build d0 (1 + s) + d1 s branches.
         """
         return self._core.stats()
 

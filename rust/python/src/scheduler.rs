@@ -9,6 +9,9 @@ use tilewise_core::error::Error;
 use tilewise_core::scheduler::choose::critical_batch;
 use tilewise_core::scheduler::event::{Command, Entry, Event, Handle, Source, Verdict};
 use tilewise_core::scheduler::learn::Class;
+use tilewise_core::scheduler::simulator::process::{Coins, Curve, Places, Process, Ranks};
+use tilewise_core::scheduler::simulator::toy::Toy;
+use tilewise_core::scheduler::simulator::{Config, Times, simulate};
 use tilewise_core::scheduler::stats::Cause;
 use tilewise_core::scheduler::{Fallback, Rounds as Core, Settings};
 
@@ -200,7 +203,7 @@ impl Rounds {
 #[pymethods]
 impl Rounds {
     #[new]
-    #[pyo3(signature = (*, draft_length, budget, depth, fallback, max_batch, patience, adaptive, workers, vocabulary, seed))]
+    #[pyo3(signature = (*, draft_length, budget, depth, fallback, max_batch, patience, adaptive, workers, vocabulary, seed, together=false))]
     fn new(
         py: Python<'_>,
         draft_length: u32,
@@ -213,6 +216,7 @@ impl Rounds {
         workers: u32,
         vocabulary: u32,
         seed: u64,
+        together: bool,
     ) -> PyResult<Self> {
         enter(py, || {
             let fallback = Fallback::named(fallback)?;
@@ -225,6 +229,7 @@ impl Rounds {
                 max_batch,
                 patience,
                 adaptive,
+                together,
                 workers,
                 vocabulary,
                 seed,
@@ -314,7 +319,8 @@ impl Rounds {
         out.set_item("plan", chosen)?;
         let times = PyDict::new(py);
         times.set_item("target", latency.target.is_known().then(|| latency.target.coefficients().to_vec()))?;
-        times.set_item("draft", latency.draft.is_known().then(|| latency.draft.coefficients().to_vec()))?;
+        times.set_item("build", latency.builds.is_known().then(|| latency.builds.coefficients().to_vec()))?;
+        times.set_item("draft", latency.chains.is_known().then(|| latency.chains.coefficients().to_vec()))?;
         times.set_item("link", (latency.link.seen() > 0).then(|| latency.link.get(0.0)))?;
         times.set_item("stretch", (latency.stretch.seen() > 0).then(|| latency.stretch.get(1.0)))?;
         out.set_item("times", times)?;
@@ -340,7 +346,176 @@ fn scheduler_critical_batch(hit: f64, on_hit: f64, neural: f64, fast: f64, time:
     critical_batch(hit, on_hit, neural, fast, time)
 }
 
+fn two<T>(py: Python<'_>, name: &str, values: Vec<T>) -> PyResult<[T; 2]> {
+    let got = values.len();
+    values.try_into().map_err(|_| to_python(py, &Error::value(name, "two: of the model's chains, of fast ones", got)))
+}
+
+/// A simulation. `process` is ("coins", [acceptance, fast acceptance], [hit, hit after fast]),
+/// ("ranks", [acceptance, fast acceptance], [curve, curve after fast]) with a curve an exponent or a list of hits, or
+/// ("toy", seed, vocabulary, sharpness, error, temperature, saguaro, guesses).
+#[pyfunction]
+#[pyo3(signature = (*, draft_length, budget, depth, fallback, max_batch, adaptive, vocabulary, seed, targets, drafts,
+                    streams, tokens, target, draft, glue, link, process, whole_only, together, log))]
+fn scheduler_simulate<'py>(
+    py: Python<'py>,
+    draft_length: u32,
+    budget: u32,
+    depth: u32,
+    fallback: &str,
+    max_batch: u32,
+    adaptive: bool,
+    vocabulary: u32,
+    seed: u64,
+    targets: u32,
+    drafts: u32,
+    streams: u32,
+    tokens: u64,
+    target: [f64; 3],
+    draft: [f64; 2],
+    glue: f64,
+    link: [f64; 2],
+    process: &Bound<'py, PyTuple>,
+    whole_only: bool,
+    together: bool,
+    log: bool,
+) -> PyResult<Bound<'py, PyDict>> {
+    let kind: String = process.get_item(0)?.extract()?;
+    let places = |at: usize| -> PyResult<[Places; 2]> {
+        let all: Vec<Vec<f64>> = process.get_item(at)?.extract()?;
+        two(py, "acceptance", all.into_iter().map(Places).collect())
+    };
+    let process = match kind.as_str() {
+        "coins" => {
+            let hit = two(py, "hit", process.get_item(2)?.extract::<Vec<f64>>()?)?;
+            Process::Coins(Coins { acceptance: places(1)?, hit })
+        }
+        "ranks" => {
+            let mut curves = Vec::new();
+            for curve in process.get_item(2)?.try_iter()? {
+                let curve = curve?;
+                curves.push(match curve.extract::<f64>() {
+                    Ok(exponent) => Curve::Power(exponent),
+                    Err(_) => Curve::Measured(curve.extract()?),
+                });
+            }
+            Process::Ranks(Ranks { acceptance: places(1)?, curves: two(py, "rank_curve", curves)? })
+        }
+        "toy" => {
+            let (_, seed, tokens, sharpness, error, temperature, saguaro, guesses): (
+                String,
+                u64,
+                usize,
+                f64,
+                f64,
+                f64,
+                f64,
+                usize,
+            ) = process.extract()?;
+            Process::Toy(Toy::random(seed, tokens, sharpness, error, temperature, saguaro, guesses))
+        }
+        other => return Err(to_python(py, &Error::value("process", "'coins', 'ranks' or 'toy'", other))),
+    };
+    let toy_acceptance = match &process {
+        Process::Toy(toy) => Some(toy.acceptance()),
+        _ => None,
+    };
+    let found = enter(py, || {
+        let settings = Settings {
+            draft_length,
+            budget,
+            depth,
+            fallback: Fallback::named(fallback)?,
+            max_batch,
+            patience: None,
+            adaptive,
+            together,
+            workers: 0,
+            vocabulary,
+            seed,
+        };
+        let times = Times { target, draft, glue, link };
+        let config = Config { settings, targets, drafts, streams, tokens, times, process, whole_only, log };
+        simulate(&config, || Python::attach(|py| py.check_signals().is_err()))
+    })?;
+    let out = PyDict::new(py);
+    out.set_item("elapsed", found.elapsed)?;
+    out.set_item("tokens", found.tokens)?;
+    out.set_item("draft_busy", found.draft_busy)?;
+    out.set_item("all_hit", found.all_hit)?;
+    out.set_item("plans", found.plans)?;
+    out.set_item("toy_acceptance", toy_acceptance)?;
+    let mut histogram = Vec::new();
+    let (mut lookups, mut hits, mut waits, mut sources) = ([0; 3], [0; 3], [0.0; 4], [(0, 0); 4]);
+    let mut sums = [0u64; 9];
+    for stats in &found.stats {
+        if histogram.len() < stats.histogram.len() {
+            histogram.resize(stats.histogram.len(), 0);
+        }
+        for (sum, count) in histogram.iter_mut().zip(&stats.histogram) {
+            *sum += count;
+        }
+        for i in 0..3 {
+            lookups[i] += stats.lookups[i];
+            hits[i] += stats.hits[i];
+        }
+        for i in 0..4 {
+            waits[i] += stats.waits[i];
+            sources[i].0 += stats.by_source[i].0;
+            sources[i].1 += stats.by_source[i].1;
+        }
+        let counts = [
+            stats.rounds,
+            stats.batches,
+            stats.drafted,
+            stats.accepted,
+            stats.neural,
+            stats.fast,
+            stats.discarded,
+            stats.branches,
+            stats.late_hits,
+        ];
+        for (sum, count) in sums.iter_mut().zip(counts) {
+            *sum += count;
+        }
+    }
+    let names = ["rounds", "batches", "drafted", "accepted", "neural", "fast", "discarded", "branches", "late_hits"];
+    for (name, value) in names.into_iter().zip(sums) {
+        out.set_item(name, value)?;
+    }
+    out.set_item("histogram", histogram)?;
+    out.set_item("lookups", lookups)?;
+    out.set_item("hits", hits)?;
+    let (wait, rounds, emitted) = (PyDict::new(py), PyDict::new(py), PyDict::new(py));
+    for cause in Cause::ALL {
+        wait.set_item(cause.name(), waits[cause as usize])?;
+    }
+    for source in Source::ALL {
+        rounds.set_item(source.name(), sources[source.index()].0)?;
+        emitted.set_item(source.name(), sources[source.index()].1)?;
+    }
+    out.set_item("wait", wait)?;
+    out.set_item("rounds_by_source", rounds)?;
+    out.set_item("tokens_by_source", emitted)?;
+    let records = PyList::empty(py);
+    for logged in &found.log {
+        let rows: Vec<_> = (logged.rows.iter())
+            .map(|row| {
+                let [length, accepted, emitted] = row.counts;
+                let source = Source::ALL[row.source as usize].name();
+                (row.stream, row.round, source, length, accepted, emitted, row.ready)
+            })
+            .collect();
+        let [free, began, ended] = logged.times;
+        records.append((logged.target, free, began, ended, rows))?;
+    }
+    out.set_item("log", records)?;
+    out.set_item("text", found.text)?;
+    Ok(out)
+}
+
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Rounds>()?;
+    module.add_function(wrap_pyfunction!(scheduler_simulate, module)?)?;
     module.add_function(wrap_pyfunction!(scheduler_critical_batch, module)?)
 }

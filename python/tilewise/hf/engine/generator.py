@@ -153,6 +153,8 @@ class SpeculativeGenerator:
         self._verifications: deque[tuple[int, list[Any]]] = deque()
         self._outgoing: dict[int, list[Any]] = {}
         self._known: dict[tuple[int, int], int] = {}
+        self._building: dict[tuple[int, int, int], float] = {}
+        self._told = 0.0
         self._processes: dict[int, DraftProcess | None] = dict.fromkeys(range(count))
         self._started = 0
         self._next_stream = 0
@@ -299,13 +301,13 @@ class SpeculativeGenerator:
                 continue
             if self._lookup:
                 each.lookup = MixtureDraft([NGramDraft(), SuffixDraft()])
-                each.lookup.extend(each.prompt)
             self._requests[each.stream] = each
             self._tell(("join", each.stream, wanted))
         return made
 
     def _close(self, request: Request) -> Generated:
         self._requests.pop(request.stream, None)
+        self._building = {key: sent for key, sent in self._building.items() if key[1] != request.stream}
         if self._tokenizer is not None:
             request.result.text = self._tokenizer.decode(request.result.tokens)
         return request.result
@@ -375,14 +377,25 @@ class SpeculativeGenerator:
             self._contents[handle] = (tokens, laws)
         elif kind == "opened":
             self._tell(("opened", worker, event[1]))
+        elif kind == "rank":
+            self._tell((kind, worker, *event[1:]), self._told)
         elif kind == "entries":
-            self._tell(("entries", worker, event[1], event[2], [tuple(entry) for entry in event[3]]))
+            entries = [tuple(entry) for entry in event[3]]
+            self._tell((kind, worker, event[1], event[2], entries), self._ended(worker, event))
+        elif kind == "built":
+            self._tell((kind, worker, *event[1:-1]), self._ended(worker, event))
         else:
             self._tell((kind, worker, *event[1:]))
 
-    def _tell(self, event: tuple[Any, ...]) -> None:
-        """Tells the scheduler, and does what it says."""
-        for command in self._machine.handle(time.perf_counter(), event):
+    def _ended(self, worker: int, event: list[Any]) -> float:
+        """When a build was over: messages are read between verifications, but it ended when it did."""
+        sent = self._building.get((worker, event[1], event[2]), float("inf"))
+        return min(time.perf_counter(), sent + event[-1])
+
+    def _tell(self, event: tuple[Any, ...], at: float | None = None) -> None:
+        """Tells the scheduler what happened (now, or `at` some time), and does what it says."""
+        self._told = max(self._told, time.perf_counter() if at is None else at)
+        for command in self._machine.handle(self._told, event):
             getattr(self, f"_do_{command[0]}")(*command[1:])
         for worker, messages in self._outgoing.items():
             process = self._processes[worker]
@@ -412,6 +425,8 @@ class SpeculativeGenerator:
                 tokens, laws = self._contents.pop(handle)
                 request.chains[number] = (tokens[:length], None if laws is None else laws[:length])
             elif source == "fast" and request.lookup is not None:
+                # It reads what was committed only when it is asked: most rounds have better drafts.
+                request.lookup.extend(request.tokens[len(request.lookup) :])
                 chain = request.lookup.propose(length)
                 request.chains[number] = (chain, None)
                 self._tell(("fast", stream, number, len(chain)))
@@ -433,6 +448,7 @@ class SpeculativeGenerator:
         chain = self._requests[stream].chains[number][0]
         made_there = source in ("cached", "drafted") and process is not None and handle % 1024 == process.name % 1024
         given = None if made_there or not chain else chain
+        self._building[worker, stream, number] = time.perf_counter()
         self._send(worker, "build", stream, number, *self._news(worker, stream), given, fan_out, depth)
 
     def _do_draft(self, worker: int, stream: int, number: int, accepted: int, token: int, length: int) -> None:
@@ -475,8 +491,6 @@ class SpeculativeGenerator:
 
     def _emit(self, request: Request, tokens: list[int]) -> tuple[int, bool]:
         count, stopped = request.emit(tokens)
-        if request.lookup is not None:
-            request.lookup.extend(request.tokens[-count:])
         self.stats.tokens += count
         return count, stopped
 

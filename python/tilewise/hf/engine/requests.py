@@ -4,23 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from tilewise.hf.runners import Runner
+from tilewise.speculation import Draft
 
-__all__ = ["Generated", "Lookup", "Request", "Stops"]
-
-
-class Lookup(Protocol):
-    """A draft without a model: proposes tokens from those already there."""
-
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Append committed tokens."""
-        ...
-
-    def propose(self, count: int) -> list[int]:
-        """At most `count` tokens that may follow."""
-        ...
+__all__ = ["Generated", "Request", "Stops"]
 
 
 @dataclass
@@ -71,7 +59,7 @@ class Request:
     stops: Stops
     result: Generated
     runner: Runner | None = None
-    lookup: Lookup | None = None
+    lookup: Draft | None = None
     tokens: list[int] = field(default_factory=list)
     """Prompt and committed tokens."""
     chains: dict[int, tuple[list[int], list[object] | None]] = field(default_factory=dict)

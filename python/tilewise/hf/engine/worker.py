@@ -82,6 +82,7 @@ class Worker:
         self._streams: dict[int, Guesser] = {}
         self._building: list[int] = []
         self._spent: dict[int, float] = {}
+        self._begun: dict[int, float] = {}
         self._handles = 0
         self._published: dict[int, tuple[int, int, int]] = {}
         self._rule: Rule | None = None
@@ -196,7 +197,7 @@ class Worker:
         if given is not None:
             guesser.give(given)
         guesser.begin(number, fan_out, depth)
-        self._spent[stream] = time.perf_counter() - began
+        self._spent[stream], self._begun[stream] = time.perf_counter() - began, began
         self._building.append(stream)
 
     def _advance(self, stream: int) -> None:
@@ -217,6 +218,7 @@ class Worker:
         self._building.remove(stream)
         build = self._streams[stream].build
         assert build is not None
+        elapsed = time.perf_counter() - self._begun.pop(stream)
         if publish:
             entries = []
             for branch in build.branches:
@@ -225,9 +227,9 @@ class Worker:
                     self._published[handle] = (stream, build.round, len(branch.tokens))
                     self._content(handle, branch.tokens, branch.laws)
                     entries.append((branch.accepted, branch.token, len(branch.tokens), handle))
-            self._say("entries", stream, build.round, entries)
+            self._say("entries", stream, build.round, entries, elapsed)
         steps = max((len(branch.tokens) for branch in build.branches), default=0)
-        self._say("built", stream, build.round, self._spent.pop(stream), steps, len(build.branches))
+        self._say("built", stream, build.round, self._spent.pop(stream), steps, len(build.branches), elapsed)
 
     def _handle(self) -> int:
         self._handles += 1

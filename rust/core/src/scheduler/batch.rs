@@ -28,7 +28,7 @@ pub fn next(
     max_batch: u32,
     known: &Known<'_>,
     plan: &Plan,
-    hold: bool,
+    together: bool,
     now: f64,
 ) -> Next {
     let mut ready: Vec<(u64, StreamId)> = (streams.values())
@@ -44,7 +44,7 @@ pub fn next(
     let whole = ready.len() >= max_batch as usize;
     ready.truncate(max_batch as usize);
     let go = || Next::Verify(ready.iter().map(|&(_, id)| id).collect());
-    if whole || !hold {
+    if whole {
         return go();
     }
     // Only drafts of prompt workers are in `Awaiting`; overdue ones do not hold others up.
@@ -55,7 +55,10 @@ pub fn next(
             let overdue = (since + OVERDUE * expected).min(deadline);
             if now < overdue {
                 group.missing += 1.0;
-                group.wait = group.wait.max((since + expected - now).max(0.25 * expected));
+                let left = since + expected - now;
+                // Just in time it may be here in the next moment; late, nobody knows.
+                let left = if left > -0.05 * expected { left.max(0.0) } else { 0.25 * expected };
+                group.wait = group.wait.max(left);
                 until = until.min(overdue);
             }
         }
@@ -64,5 +67,5 @@ pub fn next(
         return go();
     }
     let [wait, ahead, _] = known.values(plan, &group);
-    if wait > ahead { Next::Hold(until) } else { go() }
+    if together || wait > ahead { Next::Hold(until) } else { go() }
 }

@@ -127,15 +127,16 @@ impl Known<'_> {
     /// `explore`: not plain steps, so that what drafts are worth stays known.
     pub fn plan(&self, present: Option<Plan>, explore: bool) -> Plan {
         let settings = self.settings;
-        let mut fast = self.fast_length();
+        let usual = self.fast_length();
+        let mut fast = usual;
         if explore || self.learner.fast_tried() < 16.0 {
             fast = fast.max(settings.draft_length.min(4)); // what fast chains give is only known from trying
         }
         let scored = |length: u32, budget: u32| {
-            let (rate, critical) = self.rate(length, budget, fast);
+            let (rate, critical) = self.rate(length, budget, usual);
             Plan { length, budget, fast, rate, critical }
         };
-        let known = self.latency.target.is_known() && (self.per_worker == 0.0 || self.latency.draft.is_known());
+        let known = self.latency.target.is_known() && (self.per_worker == 0.0 || self.latency.drafts_known());
         if !known {
             return Plan { length: settings.draft_length, budget: settings.budget, fast, rate: 0.0, critical: 0.0 };
         }
@@ -151,7 +152,8 @@ impl Known<'_> {
             let verify = self.latency.verify(self.rows * (f64::from(length) + 1.0), self.rows);
             let most = (f64::from(settings.budget) * self.per_worker).ceil() as u32;
             // The build fits into one verification; smaller if it does not, and the whole budget in case lateness pays.
-            let fits = (f64::from(self.latency.branches_within(verify, depth, most)) / self.per_worker) as u32;
+            let fits = f64::from(self.latency.branches_within(verify, depth, most)) / self.per_worker;
+            let fits = (fits as u32).min(settings.budget);
             for budget in [0, fits, (fits + settings.budget) / 2, settings.budget] {
                 let plan = scored(length, budget);
                 if plan.rate > best.rate {

@@ -20,7 +20,7 @@ impl Hasher for Spread {
         }
     }
     fn write_u64(&mut self, value: u64) {
-        let wide = u128::from(self.0 ^ value) * 0x9E37_79B9_7F4A_7C15_F39C_C060_5CED_C835;
+        let wide = u128::from(self.0 ^ value) * 0x9E37_79B9_7F4A_7C15;
         self.0 = (wide >> 64) as u64 ^ wide as u64;
     }
 }

@@ -9,7 +9,8 @@
 //! * [`stream`], [`workers`], [`handles`]: what is remembered of streams, draft workers and contents;
 //! * [`batch`]: who is verified together, and whether to wait for a draft;
 //! * [`choose`]: chain length, budget, guesses, fallback, from [`latency`] (times) and [`learn`] (acceptance, ranks);
-//! * [`stats`]: counters.
+//! * [`stats`]: counters;
+//! * [`simulator`]: targets, draft devices and links in virtual time around the same machine.
 //!
 //! Reasoning traces: [`confidence`], how sure a model was along each, at once (in parallel) and step by step.
 //!
@@ -25,6 +26,7 @@ pub mod latency;
 pub mod learn;
 pub mod rounds;
 pub mod settings;
+pub mod simulator;
 pub mod stats;
 pub mod stream;
 pub mod workers;

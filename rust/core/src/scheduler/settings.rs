@@ -54,6 +54,8 @@ pub struct Settings {
     pub patience: Option<f64>,
     /// Whether chain length and budget are chosen from what is measured (otherwise they are as set).
     pub adaptive: bool,
+    /// Whether all streams are always verified together: nobody goes ahead while another waits for a draft.
+    pub together: bool,
     /// Number of draft workers that may come.
     pub workers: u32,
     /// Number of different tokens.

@@ -84,7 +84,7 @@ impl Rounds {
         }
         let misses = missing.iter().filter(|(_, short)| short.is_none()).count();
         let Some((first, _)) = missing.first() else { return false };
-        if self.plan.rate == 0.0 || misses == 0 || !self.latency.draft.is_known() {
+        if self.plan.rate == 0.0 || misses == 0 || !self.latency.drafts_known() {
             return true;
         }
         // What fast chains give is only known from trying: often at first, seldom later.
@@ -219,7 +219,7 @@ impl Rounds {
         self.workers.heard(worker);
         let steps_f = f64::from(steps);
         if steps > 0 && branches > 0 && self.workers.is_ready(worker) {
-            self.latency.draft.observe([1.0 + steps_f, steps_f * f64::from(branches)], seconds);
+            self.latency.builds.observe([1.0 + steps_f, steps_f * f64::from(branches)], seconds);
         }
         let now = self.now;
         let Some(stream) = self.streams.get_mut(&id).filter(|stream| stream.worker == Some(worker)) else {
@@ -232,7 +232,7 @@ impl Rounds {
             // A stopped build says how long a whole one would have taken.
             let whole = (now - build.since) * f64::from(build.depth + 1) / (steps_f + 1.0);
             let depth = f64::from(build.depth);
-            let model = self.latency.draft.at([1.0 + depth, depth * f64::from(build.branches)]);
+            let model = self.latency.own(depth, f64::from(build.branches));
             let own = whole - self.latency.link.get(0.0);
             if model > 0.0 && own > 0.0 {
                 self.latency.stretch.observe((own / model).clamp(0.25, 16.0));
@@ -271,7 +271,7 @@ impl Rounds {
         let partial = partial.filter(|_| !same);
         let made = f64::from(length - held);
         if made > 0.0 {
-            self.latency.draft.observe([1.0 + made, made], seconds);
+            self.latency.chains.observe([1.0, made], seconds);
         }
         self.latency.link.observe((self.now - since - seconds).max(0.0));
         let better = partial.filter(|(have, _)| *have > length);

@@ -194,6 +194,16 @@ impl Rounds {
         self.streams.len()
     }
 
+    /// The round that a stream is in, or waits for.
+    pub fn round_of(&self, stream: StreamId) -> Option<u64> {
+        self.streams.get(&stream).map(|stream| stream.round)
+    }
+
+    /// The worker that drafts for a stream.
+    pub fn worker_of(&self, stream: StreamId) -> Option<WorkerId> {
+        self.streams.get(&stream).and_then(|stream| stream.worker)
+    }
+
     /// Workers that are there.
     pub fn workers(&self) -> usize {
         self.workers.count()
@@ -246,7 +256,7 @@ impl Rounds {
 
     /// How long a draft of `want` tokens is expected to take, and how long it is waited for.
     fn waits(&self, want: u32) -> (f64, f64) {
-        if !self.latency.draft.is_known() {
+        if !self.latency.drafts_known() {
             let patience = self.settings.patience.unwrap_or(5.0);
             return (patience, patience);
         }

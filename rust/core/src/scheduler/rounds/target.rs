@@ -4,6 +4,7 @@ use super::{Batch, Cached, Rounds};
 use crate::rng::{Purpose, uniform};
 use crate::scheduler::batch::{self, Next};
 use crate::scheduler::event::{BatchId, Command, Reason, Row, Source, StreamId, Verdict};
+use crate::scheduler::settings::Settings;
 use crate::scheduler::stats::Cause;
 use crate::scheduler::stream::{Build, Chain, State};
 
@@ -132,7 +133,8 @@ impl Rounds {
         let waiting: Vec<StreamId> =
             self.streams.values().filter(|stream| stream.state == State::Waiting).map(|stream| stream.id).collect();
         let rows = self.rows();
-        let next = batch::next(&self.streams, self.settings.max_batch, &self.known(rows), &self.plan, true, self.now);
+        let Settings { max_batch, together, .. } = self.settings;
+        let next = batch::next(&self.streams, max_batch, &self.known(rows), &self.plan, together, self.now);
         match next {
             _ if !waiting.is_empty() && (!self.target.prefilled || next == Next::Nothing) => self.prefill(&waiting),
             Next::Verify(ids) => self.verify(&ids),
