@@ -66,6 +66,8 @@ def test_import_loads_nothing_heavy() -> None:
         "scheduler",
         "scheduler.planning",
         "scheduler.rounds",
+        "scheduler.simulation",
+        "scheduler.plans",
         "scheduler.confidence",
         "scheduler.confidence_study",
         "scheduler.paths",

@@ -42,9 +42,10 @@ class EngineStats:
         seconds: in which there was work.
         prompt_seconds, target_seconds, decide_seconds: prompts; verifications; deciding what stays.
         wait_seconds: the target idle, waiting for a draft or the first message of a worker.
+        lost_workers: drafts that died or never came.
+        accepted: by source of the chain, ``[k]``: rounds with k accepted tokens.
         records: the last rounds.
         machine: the scheduler's own counters: see :meth:`tilewise.scheduler.Rounds.stats`.
-        restarts: workers that were lost.
     """
 
     tokens: int = 0
