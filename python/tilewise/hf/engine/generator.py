@@ -28,7 +28,7 @@ from tilewise.hf.engine.link import ready
 from tilewise.hf.engine.processes import DraftProcess, torchrun_rank
 from tilewise.hf.engine.requests import Generated, Request, Stops
 from tilewise.hf.engine.rules import Settings, rule_of
-from tilewise.hf.engine.stats import EngineStats, RoundRecord
+from tilewise.hf.engine.stats import BuildRecord, DraftRecord, EngineStats, RoundRecord
 from tilewise.hf.generate import as_prompt, as_rows, check_model, computing, model_sizes, step_threads
 from tilewise.hf.runners import Runner, runners
 from tilewise.hf.tokenizers import Tokenizer
@@ -154,6 +154,7 @@ class SpeculativeGenerator:
         self._outgoing: dict[int, list[Any]] = {}
         self._known: dict[tuple[int, int], int] = {}
         self._building: dict[tuple[int, int, int], float] = {}
+        self._asked: dict[tuple[int, int, int], float] = {}
         self._told = 0.0
         self._processes: dict[int, DraftProcess | None] = dict.fromkeys(range(count))
         self._started = 0
@@ -307,7 +308,9 @@ class SpeculativeGenerator:
 
     def _close(self, request: Request) -> Generated:
         self._requests.pop(request.stream, None)
-        self._building = {key: sent for key, sent in self._building.items() if key[1] != request.stream}
+        for times in (self._building, self._asked):
+            for key in [key for key in times if key[1] == request.stream]:
+                del times[key]
         if self._tokenizer is not None:
             request.result.text = self._tokenizer.decode(request.result.tokens)
         return request.result
@@ -383,7 +386,13 @@ class SpeculativeGenerator:
             entries = [tuple(entry) for entry in event[3]]
             self._tell((kind, worker, event[1], event[2], entries), self._ended(worker, event))
         elif kind == "built":
+            self.stats.builds.append(BuildRecord(event[5], event[4], event[3]))
             self._tell((kind, worker, *event[1:-1]), self._ended(worker, event))
+        elif kind == "drafted":
+            _, stream, number, length, _, seconds, held = event
+            waited = time.perf_counter() - self._asked.pop((worker, stream, number), time.perf_counter())
+            self.stats.drafts.append(DraftRecord(length - held, seconds, waited))
+            self._tell((kind, worker, *event[1:]))
         else:
             self._tell((kind, worker, *event[1:]))
 
@@ -452,6 +461,7 @@ class SpeculativeGenerator:
         self._send(worker, "build", stream, number, *self._news(worker, stream), given, fan_out, depth)
 
     def _do_draft(self, worker: int, stream: int, number: int, accepted: int, token: int, length: int) -> None:
+        self._asked[worker, stream, number] = time.perf_counter()
         self._send(worker, "draft", stream, number, *self._news(worker, stream), length)
 
     def _do_outcome(self, worker: int, stream: int, number: int, accepted: int, token: int, handle: int) -> None:

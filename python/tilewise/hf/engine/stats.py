@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-__all__ = ["EngineStats", "RoundRecord"]
+__all__ = ["BuildRecord", "DraftRecord", "EngineStats", "RoundRecord"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,36 @@ class RoundRecord:
     seconds: float
 
 
+@dataclass(frozen=True)
+class BuildRecord:
+    """A build of a draft.
+
+    Attributes:
+        branches: guessed outcomes.
+        steps: tokens drafted behind each.
+        seconds: of the draft's process, for this build alone.
+    """
+
+    branches: int
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DraftRecord:
+    """A chain that the target waited for.
+
+    Attributes:
+        made: tokens drafted for it; others were there.
+        seconds: of the draft's process.
+        waited: from the command to the answer.
+    """
+
+    made: int
+    seconds: float
+    waited: float
+
+
 @dataclass
 class EngineStats:
     """Counters of an engine since it was made or they were reset. Times are seconds of wall clock.
@@ -44,7 +75,7 @@ class EngineStats:
         wait_seconds: the target idle, waiting for a draft or the first message of a worker.
         lost_workers: drafts that died or never came.
         accepted: by source of the chain, ``[k]``: rounds with k accepted tokens.
-        records: the last rounds.
+        records, builds, drafts: the last rounds, builds, and chains that were waited for.
         machine: the scheduler's own counters: see :meth:`tilewise.scheduler.Rounds.stats`.
     """
 
@@ -58,10 +89,12 @@ class EngineStats:
     wait_seconds: float = 0.0
     lost_workers: int = 0
     accepted: dict[str, list[int]] = field(default_factory=dict)
-    records: list[RoundRecord] = field(default_factory=list)
+    records: deque[RoundRecord] = field(default_factory=lambda: deque(maxlen=EngineStats.KEPT))
+    builds: deque[BuildRecord] = field(default_factory=lambda: deque(maxlen=EngineStats.KEPT))
+    drafts: deque[DraftRecord] = field(default_factory=lambda: deque(maxlen=EngineStats.KEPT))
     machine: Mapping[str, Any] = field(default_factory=dict)
 
-    KEPT = 4096
+    KEPT: ClassVar[int] = 4096
 
     def count(self, record: RoundRecord) -> None:
         """Book a row."""
@@ -70,8 +103,6 @@ class EngineStats:
         histogram.extend([0] * (record.accepted + 1 - len(histogram)))
         histogram[record.accepted] += 1
         self.records.append(record)
-        if len(self.records) > 2 * self.KEPT:
-            del self.records[: -self.KEPT]
 
     @property
     def tokens_per_second(self) -> float:
