@@ -2,10 +2,10 @@
 
     python -m benches.ssd [--prompts 12] [--new-tokens 128] [--temperature 0 0.8] [--json]
 
-One sequence at a time. The target's process has one thread and the draft's process the other core; plain and speculative
-decoding are also run with two threads. Chain length, budget and the rest of each method are tuned (or learnt) on other
-prompts than those that are timed. The modes take turns on every prompt, in an order that reverses from prompt to prompt;
-speeds include the prompt. Intervals are bootstraps over prompts.
+One sequence at a time. The target's process has one thread and the draft's process the other core; plain and
+speculative decoding are also run with two threads. Chain length, budget and the rest of each method are tuned (or
+learnt) on other prompts than those that are timed. The modes take turns on every prompt, in an order that reverses from
+prompt to prompt; speeds include the prompt. Intervals are bootstraps over prompts.
 
 At temperature 0 every mode's tokens must be plain decoding's; sampled, those of the engine must be those of the engine
 without drafts (the coupled rule), and the others follow the same law with other numbers.
@@ -72,7 +72,11 @@ class Contest:
         """Transformers' own ways."""
         import torch
 
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0} if self.temperature else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": self.temperature, "top_k": 0}
+            if self.temperature
+            else {"do_sample": False}
+        )
 
         def run(prompt: list[int], request: int) -> list[int]:
             torch.manual_seed(request)
@@ -95,7 +99,7 @@ class Contest:
                     rules = {"draft_length": length, "confidence": confidence}
                     run = self.decoder(threads, **rules)
                     run(prompts[0], 0)
-                    seconds = sum(timed(lambda p=p: run(p, 0))[0] for p in prompts[: 4])  # noqa: B023
+                    seconds = sum(timed(lambda p=p: run(p, 0))[0] for p in prompts[:4])  # noqa: B023
                     best = min(best, (seconds, rules), key=lambda pair: pair[0])
             found[f"speculative, {threads} thread{'s' * (threads > 1)}"] = best[1]
         self.generator.wait_until_ready()
@@ -107,7 +111,9 @@ class Contest:
             "speculative, 1 thread": self.decoder(1, **found["speculative, 1 thread"]),
             "speculative, 2 threads": self.decoder(2, **found["speculative, 2 threads"]),
             "ssd": lambda prompt, request: self.generator.generate([prompt], self.count, request=request)[0].tokens,
-            "look-up drafts": lambda prompt, request: self.lookup.generate([prompt], self.count, request=request)[0].tokens,
+            "look-up drafts": lambda prompt, request: (
+                self.lookup.generate([prompt], self.count, request=request)[0].tokens
+            ),
             "transformers, assisted": self.transformers(assistant_model=self.pair.draft),
             "transformers, prompt lookup": self.transformers(prompt_lookup_num_tokens=8),
         }
@@ -141,8 +147,9 @@ class Contest:
                 same[name] &= made[name] == want
         stats = self.generator.stats
         stats.machine = self.generator._machine.stats()
-        base, serial = speeds["plain, 1 thread"], max(
-            (speeds[name] for name in speeds if name.startswith("speculative")), key=statistics.median
+        base, serial = (
+            speeds["plain, 1 thread"],
+            max((speeds[name] for name in speeds if name.startswith("speculative")), key=statistics.median),
         )
         rows = {}
         for name, values in speeds.items():
@@ -174,7 +181,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     _core.set_num_threads(1)
     pair = load_pair()
     texts = [list(piece) for piece in pieces(options.prompts + 8)]
-    tuning, testing = texts[: 8], texts[8:]
+    tuning, testing = texts[:8], texts[8:]
     report: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__}
     for temperature in options.temperature:
         measured = measure_pair(pair.target, pair.draft, tuning[:4], temperature=temperature, threads=1)
@@ -202,10 +209,15 @@ def show(report: dict[str, Any]) -> None:
     for title, found in report.items():
         if not isinstance(found, dict):
             continue
-        print(f"\n{title}\n\n| mode | tokens/s | over plain, 1 thread | over the better speculative | tokens as plain |")
+        print(
+            f"\n{title}\n\n| mode | tokens/s | over plain, 1 thread | over the better speculative | tokens as plain |"
+        )
         print("|---|---|---|---|---|")
         for name, row in found["rows"].items():
-            cells = [f"{row[key][0]:.2f} [{row[key][1]:.2f}, {row[key][2]:.2f}]" for key in ("over_plain", "over_speculative")]
+            cells = [
+                f"{row[key][0]:.2f} [{row[key][1]:.2f}, {row[key][2]:.2f}]"
+                for key in ("over_plain", "over_speculative")
+            ]
             same = {True: "yes", False: "NO", None: "other numbers"}[row["identical"]]
             print(f"| {name} | {row['tokens_per_second']:.0f} | {' | '.join(cells)} | {same} |")
         engine, advice = found["engine"], found["plan"]
@@ -214,8 +226,8 @@ def show(report: dict[str, Any]) -> None:
         print(
             f"\nengine: {engine['tokens_per_round']:.2f} tokens a round (the target's own included), hits "
             f"{100 * engine['hit_rate']:.0f} %, verification {1e3 * engine['target_seconds'] / rounds:.2f} ms, waiting "
-            f"{1e3 * engine['wait_seconds'] / rounds:.2f} ms, deciding {1e3 * engine['decide_seconds'] / rounds:.2f} ms; "
-            f"accepted lengths {engine['accepted_lengths']}; discarded {machine['discarded']} of {machine['drafted']} "
+            f"{1e3 * engine['wait_seconds'] / rounds:.2f} ms, deciding "
+            f"{1e3 * engine['decide_seconds'] / rounds:.2f} ms; accepted lengths {engine['accepted_lengths']}; discarded {machine['discarded']} of {machine['drafted']} "
             f"drafted tokens; present choice {machine['plan']}"
         )
         print(f"tuned on other prompts: {found['tuned']}")

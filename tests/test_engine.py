@@ -304,7 +304,7 @@ def test_custom_generate(pair, greedy):
 
 def test_bad_input(pair, greedy):
     target, draft = pair
-    with pytest.raises(VocabularyError, match="256.*7|7.*256"):
+    with pytest.raises(VocabularyError, match=r"256.*7|7.*256"):
         SpeculativeGenerator(target, random_draft(vocab_size=7))
     with pytest.raises(ArgumentError, match="rule"):
         SpeculativeGenerator(target, rule="lossy")

@@ -54,7 +54,7 @@ def test_P17_branches_together_are_branches_alone(kind, fed):
                 want = logits_after(start, TRUNK[:extent] + own[: step + 1])
                 np.testing.assert_allclose(row, want, rtol=0, atol=ATOL[kind])
         rows.adopt(numbers[2])
-        assert runner.tokens == TRUNK[:3] + [1, 2, 3]
+        assert runner.tokens == [*TRUNK[:3], 1, 2, 3]
         got = runner.feed([77, 78], last=1)[0].numpy()
         np.testing.assert_allclose(got, logits_after(start, [*TRUNK[:3], 1, 2, 3, 77, 78]), rtol=0, atol=1e-10)
 

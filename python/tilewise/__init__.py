@@ -6,7 +6,10 @@ Rooms, each under one name on every floor (Rust core, NumPy here, PyTorch in :mo
 * :mod:`tilewise.attention`: exact attention, forward and backward, prefill and decode;
 * :mod:`tilewise.expr`: score and mask functions as programs; :mod:`tilewise.masks` and :mod:`tilewise.mods` name many;
 * :mod:`tilewise.moe`: routers, ``Routing`` and the expert layer;
-* :mod:`tilewise.speculation`: exact verification of drafted tokens.
+* :mod:`tilewise.speculation`: exact verification of drafted tokens, in two rules; guesses, caches, look-up drafts;
+* :mod:`tilewise.scheduler`: who runs when, as state machines without I/O: rounds, planning, confidence, paths;
+* :mod:`tilewise.agents`: agents that plan speculatively, with asyncio;
+* :mod:`tilewise.plots`: pictures, a module a room.
 
 ``import tilewise`` loads the native core alone; a room loads when it is first asked for (``tw.moe``), NumPy with it.
 """
@@ -21,7 +24,8 @@ from tilewise import _core, errors
 __version__: str = _core.build_info()["version"]
 
 _ROOMS = (
-    "attention", "cuda", "expr", "gemm", "hf", "masks", "mods", "moe", "reference", "speculation", "testing", "torch",
+    "agents", "attention", "cuda", "expr", "gemm", "hf", "masks", "mods", "moe", "plots", "reference", "scheduler",
+    "speculation", "testing", "torch",
 )  # fmt: skip
 
 __all__ = ["__version__", "errors"]

@@ -1,7 +1,7 @@
 """Coupled sampling: target and draft read the same random numbers, so where their laws agree, their tokens do.
 
-Every token x of every position n has a number E(n, x), exponentially distributed with mean 1. What is drawn from a law w
-is the winner of a race, the x with the least E(n, x) / w(x): that is x with probability w(x) (the Gumbel-max trick).
+Every token x of every position n has a number E(n, x), exponentially distributed with mean 1. What is drawn from a law
+w is the winner of a race, the x with the least E(n, x) / w(x): that is x with probability w(x) (the Gumbel-max trick).
 If target and draft race over the same numbers,
 
 * a draft is kept iff it is what the target draws anyway, so the output *is* plain coupled sampling's, token for token;
@@ -34,8 +34,8 @@ class Races:
         seed: of the run, in [0, 2^63).
         vocabulary: number of tokens. A larger one has the same numbers for the tokens they share.
 
-    Numbers of the positions used last are kept (32 MB at most), since branches and both sides of a round race at the same
-    ones.
+    Numbers of the positions used last are kept (32 MB at most), since branches and both sides of a round race at the
+    same ones.
 
     Raises:
         DtypeError, ArgumentError: a seed or vocabulary outside its range.
@@ -86,7 +86,9 @@ class Races:
         array = native("logits", logits)
         rows, vocabulary = rank("logits", array, ("B", "V"))
         if vocabulary != self.vocabulary:
-            raise ShapeError(f"logits: expected [B, V = {self.vocabulary}], the vocabulary of these races, got V {vocabulary}")
+            raise ShapeError(
+                f"logits: expected [B, V = {self.vocabulary}], the vocabulary of these races, got V {vocabulary}"
+            )
         if isinstance(count, (bool, np.bool_)) or count < 1:
             raise ArgumentError(f"count: expected at least 1, got {count!r}")
         out, result = like(logits, (rows, int(count)), "int64")

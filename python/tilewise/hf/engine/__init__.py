@@ -5,7 +5,8 @@
 * :mod:`.rules`: the two exact rules by which drafts are made and judged;
 * :mod:`.processes`, :mod:`.link`: starting drafts, and messages to and from them;
 * :mod:`.worker`: the draft's process; :mod:`.guesser`: one sequence in it; :mod:`.rows`: many branches in one step;
-* :mod:`.stats`: counters; :mod:`.measure`: times and acceptance of a pair, for ``tilewise plan``; :mod:`.custom`: transformers' ``custom_generate``.
+* :mod:`.stats`: counters; :mod:`.measure`: times and acceptance of a pair, for ``tilewise plan``;
+* :mod:`.custom`: transformers' ``custom_generate``.
 """
 
 from tilewise.hf.engine.custom import custom_generate
@@ -15,4 +16,12 @@ from tilewise.hf.engine.processes import serve_draft
 from tilewise.hf.engine.requests import Generated
 from tilewise.hf.engine.stats import EngineStats, RoundRecord
 
-__all__ = ["EngineStats", "Generated", "RoundRecord", "SpeculativeGenerator", "custom_generate", "measure", "serve_draft"]
+__all__ = [
+    "EngineStats",
+    "Generated",
+    "RoundRecord",
+    "SpeculativeGenerator",
+    "custom_generate",
+    "measure",
+    "serve_draft",
+]

@@ -7,13 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import (
-    EosTokenCriteria,
-    MaxLengthCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from tilewise.errors import ArgumentError, UnsupportedError
 from tilewise.hf.engine.generator import SpeculativeGenerator
@@ -102,13 +97,17 @@ class custom_generate:
                 )
         known = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
         strange = [type(one).__name__ for one in processors if not isinstance(one, known)]
-        strange += [type(one).__name__ for one in criteria if not isinstance(one, (MaxLengthCriteria, EosTokenCriteria))]
+        strange += [
+            type(one).__name__ for one in criteria if not isinstance(one, (MaxLengthCriteria, EosTokenCriteria))
+        ]
         if strange:
             raise UnsupportedError(
-                f"the engine cannot run {', '.join(sorted(set(strange)))}; use temperature, top_k, top_p, max_new_tokens "
-                "and eos_token_id, or SpeculativeGenerator.generate(stop_strings=...)"
+                f"the engine cannot run {', '.join(sorted(set(strange)))}; use temperature, top_k, top_p, "
+                "max_new_tokens and eos_token_id, or SpeculativeGenerator.generate(stop_strings=...)"
             )
         if config.num_beams != 1 or config.num_return_sequences != 1:
-            raise UnsupportedError("the engine generates one sequence for each prompt: num_beams and num_return_sequences 1")
+            raise UnsupportedError(
+                "the engine generates one sequence for each prompt: num_beams and num_return_sequences 1"
+            )
         if model_kwargs.get("streamer") is not None:
             raise UnsupportedError("the engine has no streamer; use SpeculativeGenerator.stream(...)")

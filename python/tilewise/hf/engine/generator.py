@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -85,12 +85,12 @@ class SpeculativeGenerator:
         target: PreTrainedModel,
         draft: PreTrainedModel | None = None,
         *,
-        workers: int | str = 1,
+        workers: int | Literal["torchrun"] = 1,
         draft_length: int = 8,
         budget: int = 16,
         depth: int | None = None,
-        fallback: str = "adaptive",
-        rule: str = "coupled",
+        fallback: Literal["adaptive", "neural", "fast"] = "adaptive",
+        rule: Literal["coupled", "rejection"] = "coupled",
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -288,7 +288,9 @@ class SpeculativeGenerator:
                     f"that the models know; shorten it, or ask for {max(0, self._context - len(prompt))} tokens"
                 )
             stops = Stops(stop_tokens, stop_strings, self._tokenizer)
-            made.append(Request(self._next_stream, request + index, prompt, wanted, stops, Generated(), tokens=prompt[:]))
+            made.append(
+                Request(self._next_stream, request + index, prompt, wanted, stops, Generated(), tokens=prompt[:])
+            )
             self._next_stream += 1
         for process in self._processes.values():
             if process is None:
@@ -532,5 +534,3 @@ class SpeculativeGenerator:
         self.stats.decide_seconds += ended - computed
         self._take(0.0)
         self._tell(("verified", batch, computed - began, verdicts))
-
-

@@ -1,12 +1,12 @@
 """Messages between the target and a draft: short lists of commands over a socket.
 
-What crosses is text (JSON) and, where drafts have laws, arrays behind it. The connection is the standard library's, with
-its mutual authentication. Whoever waits for a message or looks for one does so itself: no thread stands between.
+What crosses is text (JSON) and, where drafts have laws, arrays behind it. The connection is the standard library's,
+with its mutual authentication. Whoever waits for a message or looks for one does so itself: no thread stands between.
 
-torch.distributed brings the two together where they run on several machines (its store: :mod:`.processes`), but does not
-carry the messages. Its gloo backend can only be waited for, so it needs a thread a link and has one of its own; with both
-cores computing, a message then lay for up to two milliseconds, half a verification of the default pair, until the threads
-had had their turn. A socket of our own is written and read in the time of a system call.
+torch.distributed brings the two together where they run on several machines (its store: :mod:`.processes`), but does
+not carry the messages. Its gloo backend can only be waited for, so it needs a thread a link and has one of its own;
+with both cores computing, a message then lay for up to two milliseconds, half a verification of the default pair, until
+the threads had had their turn. A socket of our own is written and read in the time of a system call.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Measuring a pair on this machine, in the form that ``tilewise plan`` reads.
 
-Times are taken where they are spent: verifications while the draft builds beside them, builds while the target verifies.
-Acceptance and ranks come from the same runs. Chains and budgets are fixed and varied, so that every size occurs.
+Times are taken where they are spent: verifications while the draft builds beside them, builds while the target
+verifies. Acceptance and ranks come from the same runs. Chains and budgets are fixed and varied, so that every size
+occurs.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 A draft's process reads its model from its standard input, calls back, and ends when that input closes. So it ends with
 us, however we end: by :meth:`DraftProcess.close`, by an exception, or by a signal that nobody can catch.
 
-With ``torchrun`` the drafts are the processes of rank 1 and up, which call :func:`serve_draft`; where to call back to is
-written into torch.distributed's store.
+With ``torchrun`` the drafts are the processes of rank 1 and up, which call :func:`serve_draft`; where to call back to
+is written into torch.distributed's store.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import Any
 
-from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 from transformers import PreTrainedModel
 
 import tilewise
@@ -150,7 +150,7 @@ def torchrun_rank() -> tuple[int, int]:
 
 def _store() -> Any:
     rank, size = torchrun_rank()
-    return next(iter(distributed.rendezvous("env://", rank, size)))[0]
+    return next(iter(rendezvous("env://", rank, size)))[0]
 
 
 def serve_draft(draft: PreTrainedModel) -> None:

@@ -1,8 +1,8 @@
 """The two exact rules by which drafts are made, outcomes guessed and drafts kept; both sides hold the same object.
 
-* :class:`Coupled`: target and draft race over the same clocks (:mod:`tilewise.speculation`, "coupled"). The output is
-  plain sampling's token for token, whatever is drafted, and nothing but tokens crosses between processes. At temperature
-  0 it is greedy decoding.
+* :class:`Coupled`: target and draft race over the same clocks (:mod:`tilewise.speculation.coupled`). The output is
+  plain sampling's token for token, whatever is drafted, and nothing but tokens crosses between processes. At
+  temperature 0 it is greedy decoding.
 * :class:`Rejection`: drafts are drawn from a law, kept with probability min(1, p / q), replaced from the residual. The
   law crosses with each token, cut to its largest `support` (the cut law is the one drawn from). The output has plain
   sampling's law, but not its tokens. Saguaro weights (`saguaro` < 1) raise the share of outcomes that were guessed.

@@ -73,9 +73,10 @@ class EngineStats:
         seconds: in which there was work.
         prompt_seconds, target_seconds, decide_seconds: prompts; verifications; deciding what stays.
         wait_seconds: the target idle, waiting for a draft or the first message of a worker.
+        lost_workers: drafts that died or never came.
+        accepted: by source of the chain, ``[k]``: rounds with k accepted tokens.
         records, builds, drafts: the last rounds, builds, and chains that were waited for.
         machine: the scheduler's own counters: see :meth:`tilewise.scheduler.Rounds.stats`.
-        lost_workers: drafts that died.
     """
 
     tokens: int = 0
