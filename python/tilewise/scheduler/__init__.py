@@ -5,6 +5,7 @@ package reads a clock, sleeps, spawns or touches a file, and all of it runs with
 
 * :mod:`tilewise.scheduler.rounds`: :class:`Rounds`, the rounds of speculative decoding with drafts made ahead;
 * :mod:`tilewise.scheduler.simulation`: :func:`simulate`, the same machine in virtual time;
+* :mod:`tilewise.scheduler.sweeps`: simulated speed-ups over one quantity, and the published table;
 * :mod:`tilewise.scheduler.formulas`: what speculation gives on average, in closed form;
 * :mod:`tilewise.scheduler.plans`: :func:`plan`, from measured times to what to run;
 * :mod:`tilewise.scheduler.planning`: dynamic speculative planning of agents;

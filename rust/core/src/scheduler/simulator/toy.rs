@@ -2,7 +2,7 @@
 
 use super::process::Truth;
 use crate::rng::{Purpose, uniform};
-use crate::speculation::verify::acceptance;
+use crate::speculation::acceptance;
 
 /// A target and a draft whose next-token logits depend on the last token.
 #[derive(Debug, Clone, PartialEq)]
