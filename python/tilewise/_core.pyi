@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypedDict, final, type_check_only
 
 __all__ = [
-    "Races",
+    "ConfidenceWindows",
     "NGramIndex",
     "OutcomeCache",
+    "Races",
     "RankCurve",
-    "ConfidenceWindows",
     "Rounding",
     "Rounds",
     "SuffixIndex",

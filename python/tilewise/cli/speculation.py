@@ -1,4 +1,4 @@
-"""``tilewise simulate ssd`` and ``tilewise plan``: speculation in virtual time, and what to run from what was measured."""
+"""``tilewise simulate ssd``: speculation in virtual time. ``tilewise plan``: what to run for what was measured."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def _numbers(name: str, text: str, least: int, most: int) -> list[float]:
 
 
 def _times(options: Options) -> Times:
-    target = (_numbers("target", options.target, 1, 3) + [0.0, 0.0])[:3]
-    draft = (_numbers("draft", options.draft, 1, 2) + [0.0])[:2]
-    link = (_numbers("link", options.link, 1, 2) + [0.0])[:2]
+    target = [*_numbers("target", options.target, 1, 3), 0.0, 0.0][:3]
+    draft = [*_numbers("draft", options.draft, 1, 2), 0.0][:2]
+    link = [*_numbers("link", options.link, 1, 2), 0.0][:2]
     return Times((target[0], target[1], target[2]), (draft[0], draft[1]), options.glue, (link[0], link[1]))
 
 
@@ -114,7 +114,8 @@ def _one(options: Options) -> int:
         task = bar.add_task("simulating", total=len(set(modes)) * options.seeds)
         for mode in dict.fromkeys(modes):
             for seed in range(options.seeds):
-                run = simulate(mode, seed=seed, adaptive=options.adaptive and mode != "plain", log=not seed, **common)  # type: ignore[arg-type]
+                adaptive = options.adaptive and mode != "plain"
+                run = simulate(mode, seed=seed, adaptive=adaptive, log=not seed, **common)  # type: ignore[arg-type]
                 found.setdefault(mode, []).append(run)
                 bar.advance(task)
     plain = sum(run.speed for run in found["plain"]) / options.seeds
@@ -150,17 +151,23 @@ def _one(options: Options) -> int:
     console.print(f"simulated: {options.seeds} runs of {options.tokens} tokens of each; times in one unit")
     table = Table()
     table.add_column("")
-    for name in ("over plain", "range", "hit rate", "after hit", "after miss", "tokens a round", "waits", "drafted for nothing"):
+    for name in ("over plain", "hit rate", "after hit", "after miss", "a round", "waits", "wasted"):
         table.add_column(name, justify="right")
     for row in rows:
-        share = [f"{row[name]:.1%}" if row[name] is not None else "" for name in ("hit_rate", "hit_rate_after_hit", "hit_rate_after_miss")]
+        share = [
+            f"{row[name]:.1%}" if row[name] is not None else ""
+            for name in ("hit_rate", "hit_rate_after_hit", "hit_rate_after_miss")
+        ]
         waits = sum(value for cause, value in row["wait"].items() if cause != "idle")
         table.add_row(
-            row["mode"], f"{row['over_plain']:.3f}x", f"{row['range'][0]:.3f} to {row['range'][1]:.3f}", *share,
+            row["mode"], f"{row['over_plain']:.3f}x", *share,
             f"{row['tokens_per_round']:.2f}", f"{waits / found[row['mode']][0].elapsed:.1%}",
-            f"{row['discarded_per_token']:.1f} a token",
+            f"{row['discarded_per_token']:.1f}",
         )  # fmt: skip
     console.print(table)
+    console.print(
+        "a round: tokens emitted in one; waits: of the target; wasted: tokens drafted in vain for each emitted"
+    )
     return 0
 
 
@@ -169,7 +176,11 @@ def _settings(options: Options) -> dict[str, Any]:
 
 
 def _sweep(options: Options) -> int:
-    modes = ("speculative", "neural", "fast", "adaptive") if options.fallback == "all" else ("speculative", options.fallback)
+    modes = (
+        ("speculative", "neural", "fast", "adaptive")
+        if options.fallback == "all"
+        else ("speculative", options.fallback)
+    )
     curve = _numbers("rank-curve", options.rank_curve, 1, 1024)
     toy = _toy(options)
     if options.temperature is None and options.sweep == "saguaro":
@@ -201,12 +212,12 @@ def _sweep(options: Options) -> int:
         print(json.dumps(found))
         return 0
     table = Table()
-    for name in (str(options.sweep), "mode", "over plain", "95 % interval", "hit rate", "tokens a round", "acceptance"):
+    for name in (str(options.sweep), "mode", "over plain", "95 % interval", "hit rate", "a round", "accepted"):
         table.add_column(name, justify="left" if name == "mode" else "right")
     for row in found["rows"]:
         table.add_row(
             f"{row['value']:g}", row["mode"], f"{row['over_plain']:.3f}x",
-            f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}",
+            f"{row['interval'][0]:.2f} to {row['interval'][1]:.2f}",
             "" if row["hit_rate"] is None else f"{row['hit_rate']:.1%}", f"{row['tokens_per_round']:.2f}",
             "" if row["acceptance"] is None else f"{row['acceptance']:.1%}",
         )  # fmt: skip
@@ -223,20 +234,21 @@ def _paper(options: Options) -> int:
         return 0
     console = Console(highlight=False)
     console.print(
-        "Tokens per second: published (Kumar, Dao, May 2026; batch 1, greedy) and simulated. p is assumed, T and E are "
-        "fitted to the published speeds, not measured: agreement says that formulas, simulator and table are consistent."
+        "Tokens per second: published (Kumar, Dao, May 2026; batch 1, greedy) and simulated. "
+        f"p = {rows[0].fitted['hit_rate']} is assumed, T and E are fitted to the published speeds, not measured: "
+        "agreement says that formulas, simulator and table are consistent."
     )
     table = Table()
-    table.add_column("")
-    for name in ("plain", "SD paper", "SD ours", "SSD paper", "SSD ours", "SSD/SD paper", "ours", "p", "T", "E", "largest difference"):
-        table.add_column(name, justify="right")
+    table.add_column("", no_wrap=True)
+    for name in ("plain", "SD", "ours", "SSD", "ours", "T", "E", "off"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         paper, ours, fitted = row.paper, row.ours, row.fitted
         table.add_row(
-            row.name, f"{paper['plain']:.1f}", f"{paper['speculative']:.1f}", f"{ours['speculative']:.1f}",
-            f"{paper['ssd']:.1f}", f"{ours['ssd']:.1f}", f"{paper['ssd'] / paper['speculative']:.2f}",
-            f"{ours['ssd'] / ours['speculative']:.2f}", f"{fitted['hit_rate']:.2f}", f"{fitted['draft_time']:.2f}",
-            f"{fitted['tokens_per_round']:.2f}", f"{row.difference:.1%}",
+            row.name.replace("Llama 70B/1B", "Llama").replace("Qwen 32B/0.6B", "Qwen"), f"{paper['plain']:.1f}",
+            f"{paper['speculative']:.1f}", f"{ours['speculative']:.1f}", f"{paper['ssd']:.1f}", f"{ours['ssd']:.1f}",
+            f"{fitted['draft_time']:.2f}", f"{fitted['tokens_per_round']:.2f}",
+            f"{row.difference:.1%}",
         )  # fmt: skip
     console.print(table)
     return 0
@@ -296,7 +308,9 @@ def run_plan(options: PlanOptions) -> int:
         print(json.dumps(asdict(found)))
         return 0
     console = Console(highlight=False)
-    what = {"plain": "plain decoding", "speculative": "speculative decoding", "ssd": "drafts made ahead (ssd)"}[found.mode]
+    what = {"plain": "plain decoding", "speculative": "speculative decoding", "ssd": "drafts made ahead (ssd)"}[
+        found.mode
+    ]
     console.print(f"[bold]{what}[/bold]: {found.reason}")
     table = Table(show_header=False)
     low, high = found.over_plain_interval
@@ -323,4 +337,6 @@ def _pairs(name: str, text: str) -> dict[str, float]:
     try:
         return {size.strip(): float(seconds) for size, seconds in (part.split(":") for part in text.split(","))}
     except ValueError:
-        raise ArgumentError(f"--{name}: expected size:seconds with commas between them, as 1:0.05,8:0.06, got {text!r}") from None
+        raise ArgumentError(
+            f"--{name}: expected size:seconds with commas between them, as 1:0.05,8:0.06, got {text!r}"
+        ) from None

@@ -285,9 +285,7 @@ class LeanLlamaRunner:
         self.tokens += tokens
         return logits
 
-    def feed_rows(
-        self, tokens: Sequence[int], positions: Sequence[int], begin: int, mask: NDArray[np.bool_]
-    ) -> Tensor:
+    def feed_rows(self, tokens: Sequence[int], positions: Sequence[int], begin: int, mask: NDArray[np.bool_]) -> Tensor:
         """Tokens at any positions ``[m]``, into the slots from `begin` on, that see what ``mask [m, slots]`` says.
 
         They are not counted in `tokens` until :meth:`move` makes some of them the sequence.

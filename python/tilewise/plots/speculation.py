@@ -86,7 +86,9 @@ def sweep(found: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
         ax.minorticks_off()
     if found["kind"] == "saguaro":
         ax.invert_xaxis()
-    ax.set(xlabel=_AXES.get(found["kind"], "weight C of the draft's best guesses"), ylabel="speed-up over plain decoding")
+    ax.set(
+        xlabel=_AXES.get(found["kind"], "weight C of the draft's best guesses"), ylabel="speed-up over plain decoding"
+    )
     ax.legend(frameon=False, fontsize="small")
     return ax
 
@@ -133,7 +135,7 @@ def timeline(rounds: Iterable[tuple[float, str, int]], *, ax: Axes | None = None
     hits = float(np.mean([source == "cached" for _, source, _ in rows]))
     ax.set(
         xlabel="time", ylabel="drafted tokens accepted", ylim=(-0.7, max(accepted.max(), 1) + 0.6),
-        title=f"{len(rows)} rounds, {accepted.mean():.1f} tokens accepted on average, {hits:.0%} hits".replace("%", " %"),
+        title=f"{len(rows)} rounds, {accepted.mean():.1f} tokens accepted on average, {100 * hits:.0f} % hits",
     )  # fmt: skip
     ax.legend(frameon=False, fontsize="small", loc="upper right")
     return ax

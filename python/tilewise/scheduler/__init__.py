@@ -10,7 +10,7 @@ package reads a clock, sleeps, spawns or touches a file, and all of it runs with
 * :mod:`tilewise.scheduler.plans`: :func:`plan`, from measured times to what to run;
 * :mod:`tilewise.scheduler.planning`: dynamic speculative planning of agents;
 * :mod:`tilewise.scheduler.confidence`: how sure a model was along a reasoning trace;
-* :mod:`tilewise.scheduler.voting`, :mod:`tilewise.scheduler.stopping`: the answer of many traces; ending weak ones early;
+* :mod:`tilewise.scheduler.voting`, :mod:`tilewise.scheduler.stopping`: the answer of many traces, ending weak ones;
 * :mod:`tilewise.scheduler.confidence_study`: the same on traces of known reliability;
 * :mod:`tilewise.scheduler.paths`: parallel reasoning paths and their summary.
 """

@@ -3,8 +3,8 @@
 While the target verifies a chain, draft workers guess how that will come out and draft on from each guess. If the true
 outcome was guessed (a hit), the next chain is there at once; if not (a miss), the worker drafts now, or a fast draft of
 the driver's own (n-grams) steps in. :class:`Rounds` decides who is verified together, what is guessed, how far ahead,
-what a miss does, and what happens to requests that come, go, pause, and to workers that are late or die. It never sees a
-drafted token or its law, only lengths, outcomes, ranks and times: no choice can bias what is sampled.
+what a miss does, and what happens to requests that come, go, pause, and to workers that are late or die. It never sees
+a drafted token or its law, only lengths, outcomes, ranks and times: no choice can bias what is sampled.
 
 A *round* of a stream is one answer of the target: a prefill (nothing accepted, the first token follows), or the
 verification of a chain. Round numbers of a stream never repeat, also not where its number is used again. Contents are
@@ -27,7 +27,7 @@ Commands::
 
     ("prefill", stream)                  ("open", worker, stream)         ("forget", worker, stream)
     ("verify", batch, [(stream, round, source, handle, length), ...])     source "cached", "drafted", "fast" or "none"
-    ("build", worker, stream, round, source, handle, fan_out, depth)      guess this round's outcomes, draft on from each
+    ("build", worker, stream, round, source, handle, fan_out, depth)      guess this round, draft on from each
     ("draft", worker, stream, round, accepted, token, length)             token -1: the one the prefill emitted
     ("outcome", worker, stream, round, accepted, token, handle)           handle -1: no entry is used
     ("stop", worker, stream, round)      ("discard", [handle, ...])
@@ -36,11 +36,11 @@ Commands::
 What the driver owes the machine:
 
 * commands of one call are carried out in their order; those to one worker arrive in order;
-* a "prefill" and a "verify" are answered once each, also where the stream was aborted meanwhile (its row then counts for
-  nothing); everything that workers say may be late, lost, doubled or of another life: it is counted and ignored;
+* a "prefill" and a "verify" are answered once each, also where the stream was aborted meanwhile (its row then counts
+  for nothing); everything that workers say may be late, lost, doubled or of another life: it is counted and ignored;
 * a stream's tokens are cut at its limit by nobody but a stop: chains are never longer than the limit leaves room for;
-* lengths of entries and drafts do not depend on what was drafted. A draft that would end at an end-of-sequence token goes
-  on behind it: otherwise "did it come in time" would depend on the content, and the output's law would shift;
+* lengths of entries and drafts do not depend on what was drafted. A draft that would end at an end-of-sequence token
+  goes on behind it: otherwise "did it come in time" would depend on the content, and the output's law would shift;
 * when :meth:`Rounds.next_deadline` passes without an event, ``("tick",)``.
 """
 

@@ -133,15 +133,27 @@ def sweep(
         else:
             options |= {"acceptance": acceptance, "rank_curve": rank_curve}
             options["batch" if kind == "batch" else "budget"] = int(value)
-        plain = simulate("plain", seed=0, **options | {"tokens": min(tokens, 2000)}).speed
+        short: dict[str, Any] = options | {"tokens": min(tokens, 2000)}
+        plain = simulate("plain", seed=0, **short).speed
         for mode in modes:
             runs = []
             for seed in range(seeds):
                 runs.append(simulate(mode, seed=seed, **options))  # type: ignore[arg-type]
                 watch()
             rows.append(_row(value, mode, runs, plain))
-    fixed = {"times": asdict(times), "draft_length": draft_length, "budget": budget, "batch": batch, "seeds": seeds, "tokens": tokens}
-    fixed |= {"toy": asdict(models)} if kind in ("temperature", "saguaro") else {"acceptance": acceptance, "rank_curve": rank_curve}
+    fixed = {
+        "times": asdict(times),
+        "draft_length": draft_length,
+        "budget": budget,
+        "batch": batch,
+        "seeds": seeds,
+        "tokens": tokens,
+    }
+    fixed |= (
+        {"toy": asdict(models)}
+        if kind in ("temperature", "saguaro")
+        else {"acceptance": acceptance, "rank_curve": rank_curve}
+    )
     return Sweep(kind, rows, fixed)
 
 
@@ -190,11 +202,13 @@ PAPER = {
 }
 
 
-def published(*, hit: float = 0.9, length: int = 7, tokens: int = 40_000, watch: Callable[[], None] = lambda: None) -> list[Table]:
+def published(
+    *, hit: float = 0.9, length: int = 7, tokens: int = 40_000, watch: Callable[[], None] = lambda: None
+) -> list[Table]:
     """The published table, and a simulation with draft time and tokens per round fitted to it at an assumed hit rate.
 
-    From the speeds of SD and SSD over plain decoding, E / (1 + T) and E / (1 + (1 - p) T) with T_p <= 1 and E_hit = E_SD,
-    T and E follow for any p.
+    From the speeds of SD and SSD over plain decoding, E / (1 + T) and E / (1 + (1 - p) T) with T_p <= 1 and
+    E_hit = E_SD, T and E follow for any p.
 
     Args:
         hit: p, assumed.
@@ -217,8 +231,8 @@ def published(*, hit: float = 0.9, length: int = 7, tokens: int = 40_000, watch:
         mean = serial / plain * (1 + draft)
         rate = acceptance_for(mean, length)
         options: dict[str, Any] = {
-            "times": Times(draft=(draft / length, 0.0)), "draft_length": length, "acceptance": rate, "budget": 2 * length,
-            "hit": hit, "tokens": tokens,
+            "times": Times(draft=(draft / length, 0.0)), "draft_length": length, "acceptance": rate,
+            "budget": 2 * length, "hit": hit, "tokens": tokens,
         }  # fmt: skip
         ours = {"plain": plain}
         for mode, label in (("speculative", "speculative"), ("neural", "ssd")):

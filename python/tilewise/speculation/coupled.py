@@ -86,7 +86,9 @@ class Races:
         array = native("logits", logits)
         rows, vocabulary = rank("logits", array, ("B", "V"))
         if vocabulary != self.vocabulary:
-            raise ShapeError(f"logits: expected [B, V = {self.vocabulary}], the vocabulary of these races, got V {vocabulary}")
+            raise ShapeError(
+                f"logits: expected [B, V = {self.vocabulary}], the vocabulary of these races, got V {vocabulary}"
+            )
         if isinstance(count, (bool, np.bool_)) or count < 1:
             raise ArgumentError(f"count: expected at least 1, got {count!r}")
         out, result = like(logits, (rows, int(count)), "int64")

@@ -102,13 +102,17 @@ class custom_generate:
                 )
         known = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
         strange = [type(one).__name__ for one in processors if not isinstance(one, known)]
-        strange += [type(one).__name__ for one in criteria if not isinstance(one, (MaxLengthCriteria, EosTokenCriteria))]
+        strange += [
+            type(one).__name__ for one in criteria if not isinstance(one, (MaxLengthCriteria, EosTokenCriteria))
+        ]
         if strange:
             raise UnsupportedError(
                 f"the engine cannot run {', '.join(sorted(set(strange)))}; use temperature, top_k, top_p, max_new_tokens "
                 "and eos_token_id, or SpeculativeGenerator.generate(stop_strings=...)"
             )
         if config.num_beams != 1 or config.num_return_sequences != 1:
-            raise UnsupportedError("the engine generates one sequence for each prompt: num_beams and num_return_sequences 1")
+            raise UnsupportedError(
+                "the engine generates one sequence for each prompt: num_beams and num_return_sequences 1"
+            )
         if model_kwargs.get("streamer") is not None:
             raise UnsupportedError("the engine has no streamer; use SpeculativeGenerator.stream(...)")

@@ -285,7 +285,9 @@ class SpeculativeGenerator:
                     f"that the models know; shorten it, or ask for {max(0, self._context - len(prompt))} tokens"
                 )
             stops = Stops(stop_tokens, stop_strings, self._tokenizer)
-            made.append(Request(self._next_stream, request + index, prompt, wanted, stops, Generated(), tokens=prompt[:]))
+            made.append(
+                Request(self._next_stream, request + index, prompt, wanted, stops, Generated(), tokens=prompt[:])
+            )
             self._next_stream += 1
         for process in self._processes.values():
             if process is None:
@@ -508,5 +510,3 @@ class SpeculativeGenerator:
         self.stats.decide_seconds += ended - computed
         self._take(0.0)
         self._tell(("verified", batch, computed - began, verdicts))
-
-
