@@ -347,7 +347,7 @@ def test_the_enumeration_sees_a_biased_choice() -> None:
             if command[0] == "verify":
                 rows = []
                 for row in command[2]:
-                    stream, number, source, handle, length = row
+                    stream, number, source, handle, _ = row
                     content = world.contents.get(handle, [])
                     bad = source == "cached" and bool(content) and content[0][0] == 0
                     rows.append((stream, number, source, handle, 0) if bad else row)

@@ -13,6 +13,7 @@ PYTHON = sorted((ROOT / "python/tilewise/scheduler").rglob("*.py"))
 RUST = sorted((ROOT / "rust/core/src/scheduler").rglob("*.rs"))
 ALLOWED = {"__future__", "collections", "dataclasses", "enum", "functools", "itertools", "json", "math", "typing"}
 ALLOWED |= {
+    "zlib",
     "heapq",
     "bisect",
     "numbers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -169,7 +170,7 @@ def test_hit_rate_over_budget_is_a_power_law_and_more_than_uniform() -> None:
         simulate("neural", acceptance=0.8, rank_curve=1.5, budget=budget, tokens=20_000).hit_rate
         for budget in (8, 16, 32, 64)
     ]
-    assert all(a is not None and b is not None and a < b for a, b in zip(rates, rates[1:], strict=False)), rates
+    assert all(a is not None and b is not None and a < b for a, b in itertools.pairwise(rates)), rates
     misses = [math.log(1 - rate) for rate in rates if rate is not None]
     slope = np.polyfit(np.log([8, 16, 32, 64]), misses, 1)[0]
     assert -1.8 < slope < -0.9, (rates, slope)

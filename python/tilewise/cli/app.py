@@ -253,3 +253,119 @@ def simulate_planning(
     from tilewise.cli.planning import Options, run
 
     return run(Options(seeds, tasks, most, calls, plot, as_json))
+
+
+@simulate.command("ssd")
+@_reported
+def simulate_ssd(
+    target: Annotated[
+        str, typer.Option(help="Time of a verification: t0,t1,t2 for t0 + t1 tokens + t2 rows.")
+    ] = "1,0,0",
+    draft: Annotated[str, typer.Option(help="Time of a draft step: d0,d1 for d0 + d1 branches.")] = "0.07,0.001",
+    glue: Annotated[float, typer.Option(min=0.0, help="Time of the draft's forward over a chain.")] = 0.07,
+    link: Annotated[str, typer.Option(help="Time of a message, and of a drafted token in it.")] = "0",
+    acceptance: Annotated[str, typer.Option(help="Acceptance of drafted tokens: one number, or one a place.")] = "0.8",
+    fast_acceptance: Annotated[str, typer.Option(help="The same of fast drafts.")] = "0",
+    hit: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Hits with this probability, instead of ranks.")
+    ] = None,
+    rank_curve: Annotated[
+        str, typer.Option(help="Exponent r (F guesses miss with F^-r), or hit rates of 1, 2, ... guesses.")
+    ] = "1.5",
+    draft_length: Annotated[int, typer.Option(min=0, help="Tokens of a chain (K).")] = 7,
+    budget: Annotated[int, typer.Option(min=0, help="Branches of a build.")] = 24,
+    fallback: Annotated[
+        str, typer.Option(help="all, or one of plain, speculative, neural, fast, adaptive, pearl.")
+    ] = "all",
+    batch: Annotated[int, typer.Option(min=1, help="Streams of a target.")] = 1,
+    targets: Annotated[int, typer.Option(min=1, help="Target devices, each with its own streams.")] = 1,
+    drafts: Annotated[int, typer.Option(min=0, help="Draft devices of all targets.")] = 1,
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="Chain length and budget are chosen from measured times.")
+    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Toy models at this temperature, drafted and verified for real.")
+    ] = None,
+    saguaro: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Weight C of the draft's best guesses (toy models).")
+    ] = 1.0,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a run.")] = 8000,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 3,
+    sweep: Annotated[str | None, typer.Option(help="Over batch, temperature, fan-out or saguaro.")] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The published table beside simulations with fitted parameters.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture: of a sweep, or of the rounds of a run.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> int:
+    """Speculative decoding with drafts made ahead, in virtual time: speed-ups, hit rates, waits."""
+    from tilewise.cli.speculation import Options, run
+
+    return run(
+        Options(
+            target=target,
+            draft=draft,
+            glue=glue,
+            link=link,
+            acceptance=acceptance,
+            fast_acceptance=fast_acceptance,
+            hit=hit,
+            rank_curve=rank_curve,
+            draft_length=draft_length,
+            budget=budget,
+            fallback=fallback,
+            batch=batch,
+            targets=targets,
+            drafts=drafts,
+            adaptive=adaptive,
+            temperature=temperature,
+            saguaro=saguaro,
+            tokens=tokens,
+            seeds=seeds,
+            sweep=sweep,
+            paper=paper,
+            plot=plot,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+@_reported
+def plan(
+    measurements: Annotated[
+        Path | None, typer.Argument(help="JSON file of what was measured (tilewise.scheduler.plans has the format).")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Seconds of a verification by tokens a row: 1:0.05,8:0.06.")
+    ] = None,
+    draft: Annotated[str | None, typer.Option(help="Seconds of a draft step by branches: 1:0.004,24:0.006.")] = None,
+    acceptance: Annotated[str | None, typer.Option(help="Acceptance of drafted tokens by place: 0.8,0.78.")] = None,
+    rank_curve: Annotated[
+        str | None, typer.Option(help="P(the follow-up is among the 1, 2, ... best guesses): 0.5,0.65,0.72.")
+    ] = None,
+    glue: Annotated[float | None, typer.Option(min=0.0, help="Seconds of the draft's forward over a chain.")] = None,
+    link: Annotated[float | None, typer.Option(min=0.0, help="Seconds of a request and its answer.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows verified together.")] = None,
+    most: Annotated[int, typer.Option(min=1, help="Longest chain to consider.")] = 16,
+    budget: Annotated[int, typer.Option(min=1, help="Most branches to consider.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> int:
+    """What to run for measured times and acceptance: plain, speculative or ssd, how, and what to expect of it."""
+    from tilewise.cli.speculation import PlanOptions, run_plan
+
+    return run_plan(
+        PlanOptions(
+            measurements=measurements,
+            target=target,
+            draft=draft,
+            acceptance=acceptance,
+            rank_curve=rank_curve,
+            glue=glue,
+            link=link,
+            batch=batch,
+            most=most,
+            budget=budget,
+            as_json=as_json,
+        )
+    )

@@ -1,7 +1,7 @@
-"""What speculation gives on average, in closed form. Times are in units of one verification unless said otherwise.
+"""What speculation gives on average, in closed form. Times are in units of one verification.
 
-Symbols: a, acceptance of a drafted token; K, tokens of a chain; E, tokens of a round; p, probability of a hit; T, time of
-drafting; b, rows of a batch. Sources: Leviathan et al., "Fast inference from transformers via speculative decoding"
+Symbols: a, acceptance of a drafted token; K, tokens of a chain; E, tokens of a round; p, probability of a hit; T, time
+of drafting; b, rows of a batch. Sources: Leviathan et al., "Fast inference from transformers via speculative decoding"
 (2023) for SD; Kumar, Dao, May, "Speculative speculative decoding" (2026) for Theorem 7 and Corollaries 8, 9 and 16.
 All functions take numbers or arrays and broadcast.
 """

@@ -90,8 +90,8 @@ class Plan:
         fan_out: guesses after 0, 1, ... K accepted tokens, as long as acceptance and ranks are as measured.
         fallback: ``"neural"``, ``"fast"``; None unless ``"ssd"``.
         tokens_per_second: of all rows together.
-        over_plain, over_speculative: expected speed-up, and the interval that holds 95 % of what the measurements allow.
-        over_plain_interval, over_speculative_interval: see above.
+        over_plain, over_speculative: expected speed-up.
+        over_plain_interval, over_speculative_interval: what holds 95 % of what the measurements allow.
         hit_rate: P(hit) after a chain of the draft model.
         tokens_per_round: E.
         build_over_verify: T_p: the time to draft ahead in units of one verification; above 1 hits wait.
@@ -168,7 +168,8 @@ def plan(measurements: Measurements | Mapping[str, Any], *, most: int = 16, budg
     interval = _interval(plains)
     if mode != "plain" and interval[0] <= 1.0:
         mode, length = "plain", 0
-        reason = f"do not speculate: the expected gain is within the noise of the measurements ({interval[0]:.2f} to {interval[1]:.2f})"
+        low, high = interval
+        reason = f"do not speculate: the gain is within the noise of the measurements ({low:.2f} to {high:.2f})"
         plains, serials = (
             [1.0],
             [sample.serial(0) / max(sample.serial(best_serial), sample.serial(0)) for sample in samples],
@@ -213,15 +214,16 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
 def _reason(point: _Sample, mode: str, length: int, serial: int, count: int) -> str:
     if mode == "ssd":
         hidden = point.build(length, count) / point.verify(length + 1)
-        return f"drafting ahead takes {hidden:.2f} of a verification and hits {point.hit(length, count):.0%} of the outcomes"
+        hits = point.hit(length, count)
+        return f"drafting ahead takes {hidden:.2f} of a verification and hits {hits:.0%} of the outcomes"
     if mode == "speculative":
         return f"drafting ahead gains less than 1 % over waiting for {length} drafted tokens"
     first = point.rates(1)[0]
     step = point.alone_draft(point.batch) / point.alone(1)
     more = point.alone(2) / point.alone(1)
     return (
-        f"do not speculate: {first:.0%} of first drafted tokens are accepted, a draft step costs {step:.2f} of a plain step "
-        f"and verifying one token more makes it {more:.2f} times as long"
+        f"do not speculate: {first:.0%} of first drafted tokens are accepted, a draft step costs {step:.2f} of a plain "
+        f"step and verifying one token more makes it {more:.2f} times as long"
     )
 
 

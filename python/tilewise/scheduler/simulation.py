@@ -1,4 +1,4 @@
-"""Speculation in virtual time: the state machine that the engine runs, among simulated targets, draft devices and links.
+"""Speculation in virtual time: the engine's state machine among simulated targets, draft devices and links.
 
 :func:`simulate` runs one mode; nothing sleeps, and the same arguments give the same run. Three kinds of models:
 
@@ -21,8 +21,8 @@ from tilewise.errors import ArgumentError
 __all__ = ["MODES", "Logged", "Simulation", "Times", "Toy", "simulate"]
 
 Mode = Literal["plain", "speculative", "neural", "fast", "adaptive", "pearl"]
-#: What can be simulated: plain decoding; drafts that the target waits for; drafts made ahead with each fallback; and with
-#: guesses for whole chains only.
+#: What can be simulated: plain decoding; drafts that the target waits for; drafts made ahead with each fallback; and
+#: with guesses for whole chains only.
 MODES: tuple[Mode, ...] = ("plain", "speculative", "neural", "fast", "adaptive", "pearl")
 
 
@@ -54,8 +54,8 @@ class Toy:
         sharpness: of the target: its logits are normal numbers times this.
         error: the draft's logits are the target's plus normal numbers times this.
         temperature: of both; 0 is greedy.
-        saguaro: weight C in [0, 1] of the `guesses` tokens that the draft likes best (1: as they are). A lower one makes
-            guesses hit more often, as it moves what is left after a refusal onto them.
+        saguaro: weight C in [0, 1] of the `guesses` tokens that the draft likes best (1: as they are). A lower
+            one makes guesses hit more often, as it moves what is left after a refusal onto them.
         guesses: see `saguaro`.
     """
 

@@ -59,6 +59,7 @@ pub fn next(
                 // Just in time it may be here in the next moment; late, nobody knows.
                 let left = if left > -0.05 * expected { left.max(0.0) } else { 0.25 * expected };
                 group.wait = group.wait.max(left);
+                group.draft = group.draft.max(expected);
                 until = until.min(overdue);
             }
         }

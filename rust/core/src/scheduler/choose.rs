@@ -185,6 +185,8 @@ pub struct Group {
     pub missing: f64,
     /// Seconds until those have a chain if the draft model makes it.
     pub wait: f64,
+    /// Seconds that it takes to draft a chain.
+    pub draft: f64,
 }
 
 impl Known<'_> {
@@ -200,15 +202,19 @@ impl Known<'_> {
     /// The value of waiting for the missing rows, of going ahead without them, and of fast chains for them.
     ///
     /// Tokens of this round, plus what a chain at the next is worth (`chain`) times the chance to have one, minus the
-    /// tokens that the time would have given at the present rate: the relative value of average-reward decisions.
+    /// tokens that the time would have given at the present rate: the relative values of an average-reward decision
+    /// process. There, a chain is worth what the best answer to a miss costs: all wait for a draft; or a fast chain now,
+    /// and a next miss as probable as after one; or the row alone sits a verification out.
     pub fn values(&self, plan: &Plan, group: &Group) -> [f64; 3] {
         let (tokens, fast, hit, after_fast) = self.worth(plan);
-        let chain = (tokens - fast).max(0.0);
         let rows = group.ready + group.missing;
         let per_row = f64::from(plan.length) + 1.0;
         let whole = self.latency.verify(rows * per_row, rows);
         let part = self.latency.verify(group.ready * per_row, group.ready);
         let quick = self.latency.verify(group.ready * per_row + group.missing * (f64::from(plan.fast) + 1.0), rows);
+        let sits_out = plan.rate / rows * whole;
+        let falls_back = (tokens - fast).max(0.0) / (1.0 - hit + after_fast).max(1e-9);
+        let chain = (plan.rate * group.draft).min(falls_back).min(sits_out);
         let in_time = if group.wait > part { part / group.wait } else { 1.0 };
         let wait = rows * tokens + rows * hit * chain - plan.rate * (group.wait + whole);
         let ahead = if group.ready > 0.0 {

@@ -170,7 +170,13 @@ pub struct Latency {
 
 impl Default for Latency {
     fn default() -> Self {
-        Self { target: Fit::new(64.0), builds: Fit::new(64.0), chains: Fit::new(64.0), link: Mean::default(), stretch: Mean::default() }
+        Self {
+            target: Fit::new(64.0),
+            builds: Fit::new(64.0),
+            chains: Fit::new(64.0),
+            link: Mean::default(),
+            stretch: Mean::default(),
+        }
     }
 }
 

@@ -28,8 +28,8 @@
 //! same in every round, whatever the rounds are, and the output does not depend on the row a request has in a batch.
 
 pub mod cache;
-pub mod drafts;
 pub mod coupled;
+pub mod drafts;
 pub mod fanout;
 mod input;
 pub mod law;

@@ -96,7 +96,7 @@ impl Rounds {
         let ready = self.streams.values().filter(|stream| matches!(stream.state, State::Ready { .. })).count();
         let shorts = missing.len() - misses;
         let wait = self.waits(self.plan.length.min(self.settings.depth)).0;
-        let group = Group { ready: (ready + shorts) as f64, missing: misses as f64, wait };
+        let group = Group { ready: (ready + shorts) as f64, missing: misses as f64, wait, draft: wait };
         let [waiting, ahead, quickly] = self.known(rows).values(&self.plan, &group);
         waiting.max(ahead) >= quickly
     }
