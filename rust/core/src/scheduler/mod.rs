@@ -4,13 +4,13 @@
 //!
 //! Rounds of speculative decoding with drafts that are made ahead ("speculative speculative decoding", Kumar, Dao, May,
 //! 2026), [`Rounds`]:
-//! * [`event`]: what goes in and what comes out; [`settings`];
-//! * [`rounds`]: the transitions, in three files: streams, target, drafts;
+//! * [`event`], what goes in and what comes out; [`settings`];
+//! * [`rounds`], the transitions, in three files: streams, target, drafts;
 //! * [`stream`], [`workers`], [`handles`]: what is remembered of streams, draft workers and contents;
-//! * [`batch`]: who is verified together, and whether to wait for a draft;
-//! * [`choose`]: chain length, budget, guesses, fallback, from [`latency`] (times) and [`learn`] (acceptance, ranks);
-//! * [`stats`]: counters;
-//! * [`simulator`]: targets, draft devices and links in virtual time around the same machine.
+//! * [`batch`], who is verified together, and whether to wait for a draft;
+//! * [`choose`], chain length, budget, guesses, fallback, from [`latency`] (times) and [`learn`] (acceptance, ranks);
+//! * [`stats`], counters;
+//! * [`simulator`], targets, draft devices and links in virtual time around the same machine.
 //!
 //! Reasoning traces: [`confidence`], how sure a model was along each, at once (in parallel) and step by step.
 //!

@@ -265,7 +265,7 @@ impl Rounds {
         {
             self.planned = (rows, workers, self.stats.batches);
             self.plans += 1;
-            self.plan = self.known(rows).plan(Some(self.plan), self.plans % 32 == 0);
+            self.plan = self.known(rows).plan(Some(self.plan), self.plans.is_multiple_of(32));
         }
     }
 }

@@ -141,7 +141,7 @@ impl<'a> World<'a> {
         let mut count = 0u64;
         while self.tokens < self.config.tokens {
             count += 1;
-            if count % (1 << 15) == 0 && interrupted() {
+            if count.is_multiple_of(1 << 15) && interrupted() {
                 return Err(Error::Interrupted);
             }
             let ticks = self.machines.iter().enumerate().filter_map(|(i, m)| m.next_deadline().map(|time| (time, i)));
