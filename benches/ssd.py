@@ -227,7 +227,8 @@ def show(report: dict[str, Any]) -> None:
             f"\nengine: {engine['tokens_per_round']:.2f} tokens a round (the target's own included), hits "
             f"{100 * engine['hit_rate']:.0f} %, verification {1e3 * engine['target_seconds'] / rounds:.2f} ms, waiting "
             f"{1e3 * engine['wait_seconds'] / rounds:.2f} ms, deciding "
-            f"{1e3 * engine['decide_seconds'] / rounds:.2f} ms; accepted lengths {engine['accepted_lengths']}; discarded {machine['discarded']} of {machine['drafted']} "
+            f"{1e3 * engine['decide_seconds'] / rounds:.2f} ms; accepted lengths {engine['accepted_lengths']}; "
+            f"discarded {machine['discarded']} of {machine['drafted']} "
             f"drafted tokens; present choice {machine['plan']}"
         )
         print(f"tuned on other prompts: {found['tuned']}")

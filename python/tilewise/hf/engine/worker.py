@@ -220,7 +220,8 @@ class Worker:
         now = time.perf_counter()
         self._spent[stream] += now - began
         if build.done:
-            return self._finish(stream, publish=True)
+            self._finish(stream, publish=True)
+            return
         # The target asks about as late after a build's command as it did before. Shortly before that, what there is
         # goes out: the outcome then finds a short chain instead of none. Only the time decides.
         elapsed = now - self._begun[stream]
