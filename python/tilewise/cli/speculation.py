@@ -143,7 +143,7 @@ def _one(options: Options) -> int:
 
         mode = next((mode for mode in ("adaptive", "neural", "fast", "pearl", "speculative") if mode in found), "plain")
         rounds = [(logged.ended, row[2], row[4]) for logged in found[mode][0].log[:120] for row in logged.rows]
-        speculation.timeline(rounds).figure.savefig(options.plot)
+        speculation.timeline(rounds).figure.savefig(options.plot)  # type: ignore[union-attr]
     if options.as_json:
         print(json.dumps({"settings": _settings(options), "rows": rows}))
         return 0
@@ -207,7 +207,7 @@ def _sweep(options: Options) -> int:
     if options.plot is not None:
         from tilewise.plots import speculation
 
-        speculation.sweep(found).figure.savefig(options.plot)
+        speculation.sweep(found).figure.savefig(options.plot)  # type: ignore[union-attr]
     if options.as_json:
         print(json.dumps(found))
         return 0

@@ -20,7 +20,6 @@ seconds; a list of numbers is a list of repeated measurements, from which the in
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -363,16 +362,16 @@ def _line(name: str, points: Mapping[Any, Samples], rng: np.random.Generator | N
 
 
 def _shares(name: str, kept: Sequence[float], tried: Sequence[float], rng: np.random.Generator | None) -> np.ndarray:
-    kept, tried = np.asarray(kept, np.float64), np.asarray(tried, np.float64)
-    ok = kept.shape == tried.shape and kept.ndim == 1 and np.all((kept >= 0) & (kept <= tried))
-    if not ok or not all(map(math.isfinite, tried)):
+    k, n = np.asarray(kept, np.float64), np.asarray(tried, np.float64)
+    ok = k.shape == n.shape and k.ndim == 1 and np.all((k >= 0) & (k <= n))
+    if not ok or not np.all(np.isfinite(n)):
         raise ArgumentError(
-            f"{name}: expected as many counts as were tried, each 0 <= accepted <= tried, got {kept} of {tried}"
+            f"{name}: expected as many counts as were tried, each 0 <= accepted <= tried, got {k} of {n}"
         )
-    kept, tried = kept[tried > 0], tried[tried > 0]
+    k, n = k[n > 0], n[n > 0]
     if rng is not None:
-        return rng.beta(kept + 0.5, tried - kept + 0.5)
-    return (kept + 0.5) / (tried + 1.0)
+        return rng.beta(k + 0.5, n - k + 0.5)
+    return (k + 0.5) / (n + 1.0)
 
 
 def _curve(name: str, curve: Sequence[float]) -> np.ndarray:

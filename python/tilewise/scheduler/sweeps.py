@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -129,7 +129,7 @@ def sweep(
         }  # fmt: skip
         if kind in ("temperature", "saguaro"):
             changed = {"temperature": float(value)} if kind == "temperature" else {"saguaro": float(value)}
-            options["toy"] = Toy(**asdict(models) | changed)
+            options["toy"] = replace(models, **changed)
         else:
             options |= {"acceptance": acceptance, "rank_curve": rank_curve}
             options["batch" if kind == "batch" else "budget"] = int(value)
