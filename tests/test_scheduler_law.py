@@ -238,7 +238,7 @@ class Enumeration:
             for length in range(1, depth + 1):  # by pieces, as the steps are done
                 after.handles += 1
                 after.contents[after.handles] = content[:length]
-                entry = (*truth, length, after.handles)
+                entry = (*truth, length, after.handles, False)
                 after.later(now + length + self.late, ("entries", worker, stream, number, [entry]))
             yield after
 

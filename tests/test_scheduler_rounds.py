@@ -45,7 +45,7 @@ class Driver:
         if event[0] == "prefilled":
             self.emitted[event[1]] += 1
         if event[0] == "entries":
-            self.told |= {handle for *_, handle in event[4]}
+            self.told |= {handle for *_, handle, _ in event[4]}
         if event[0] == "drafted":
             self.told.add(event[5])
         for command in self.machine.handle(self.now, event):
@@ -84,7 +84,7 @@ class Driver:
                 for token in range(count):
                     self.handles += 1
                     self.made[self.handles] = (stream, number, accepted, token)
-                    entries.append((accepted, token, length, self.handles))
+                    entries.append((accepted, token, length, self.handles, False))
             self.workers.append(("entries", worker, stream, number, entries))
         self.workers.append(("built", worker, stream, number, 0.005, depth, sum(fan_out)))
 
@@ -167,8 +167,9 @@ def test_every_order_ends_with_the_tokens_that_were_asked_for(
         ("verified", 1, float("nan"), []),
         ("verified", 1, 0.1, [(1, 2)]),
         ("verified", 1, 0.1, 7),
-        ("entries", 0, 0, 0, [(0, 0, 0, 1)]),
-        ("entries", 0, 0, 0, [(0, 99, 1, 1)]),
+        ("entries", 0, 0, 0, [(0, 0, 0, 1, False)]),
+        ("entries", 0, 0, 0, [(0, 99, 1, 1, False)]),
+        ("entries", 0, 0, 0, [(0, 0, 1, 1)]),
         ("drafted", 0, 0, 0, 1, 1, 0.1, 2),
         ("rank", 0, 0, 0, -2),
         ("tick", 1),

@@ -396,6 +396,7 @@ class Races:
         requests: _Array,
         positions: _Array,
         out: _Array,
+        scores: _Array | None,
     ) -> None: ...
 
 # confidence of reasoning traces

@@ -17,7 +17,7 @@ Events (tuples; times in seconds)::
     ("opened", worker, stream)           the worker has the stream's context
     ("fast", stream, round, length)      how long the driver's own draft came out, before "verified"
     ("verified", batch, seconds, [(stream, accepted, token, emitted, finished), ...])
-    ("entries", worker, stream, round, [(accepted, token, length, handle), ...])      a longer one replaces a shorter
+    ("entries", worker, stream, round, [(accepted, token, length, handle, ended), ...])   longer ones replace shorter
     ("built", worker, stream, round, seconds, steps, branches)                        that build is over
     ("drafted", worker, stream, round, length, handle, seconds, held)                 the answer to "draft"
     ("rank", worker, stream, round, rank)            of the true token among the guesses; -1: not among those ranked
@@ -39,8 +39,11 @@ What the driver owes the machine:
 * a "prefill" and a "verify" are answered once each, also where the stream was aborted meanwhile (its row then counts
   for nothing); everything that workers say may be late, lost, doubled or of another life: it is counted and ignored;
 * a stream's tokens are cut at its limit by nobody but a stop: chains are never longer than the limit leaves room for;
-* lengths of entries and drafts do not depend on what was drafted. A draft that would end at an end-of-sequence token
-  goes on behind it: otherwise "did it come in time" would depend on the content, and the output's law would shift;
+* under rules where the output's law rests on the drafts' (rejection), lengths of entries and drafts do not depend on
+  what was drafted. A draft that would end at an end-of-sequence token goes on behind it: otherwise "did it come in
+  time" would depend on the content, and the output's law would shift. Under a rule that keeps a draft only where it
+  equals what is drawn anyway (greedy, coupled), lengths may depend on anything. `ended` says that drafting ended by
+  itself: nobody waits for more;
 * when :meth:`Rounds.next_deadline` passes without an event, ``("tick",)``.
 """
 

@@ -67,6 +67,7 @@ class Races:
         requests: Any,
         positions: Any,
         count: int = 1,
+        return_scores: bool = False,
     ) -> Any:
         """The first of each row's race, in order; column 0 is the token drawn.
 
@@ -75,9 +76,12 @@ class Races:
             temperature, top_k, top_p: the law, as in :func:`process`. At temperature 0 the order is that of the logits.
             requests, positions: the random numbers (see :mod:`tilewise.speculation`).
             count: how many.
+            return_scores: also return how far ahead they are.
 
         Returns:
-            int64 ``[B, count]``, of the kind of `logits`; -1 where a law has fewer tokens.
+            int64 ``[B, count]``, of the kind of `logits`; -1 where a law has fewer tokens. With `return_scores` a pair:
+            those, and float64 ``[B, count]``, -ln of each token's time (at temperature 0 its logit), -inf where there
+            is no token. The further the first is ahead of the second, the surer it is that a similar law draws it too.
 
         Raises:
             ShapeError, DtypeError, DeviceError: the message names the argument.
@@ -92,6 +96,7 @@ class Races:
         if isinstance(count, (bool, np.bool_)) or count < 1:
             raise ArgumentError(f"count: expected at least 1, got {count!r}")
         out, result = like(logits, (rows, int(count)), "int64")
+        scores, scored = like(logits, (rows, int(count)), "float64") if return_scores else (None, None)
         rules, streams = rules_of(temperature, top_k, top_p, rows), streams_of(requests, positions, rows)
-        self._core.rank(array, *rules, *streams, out)
-        return result
+        self._core.rank(array, *rules, *streams, out, scores)
+        return (result, scored) if return_scores else result

@@ -117,8 +117,14 @@ fn event_of(event: &Bound<'_, PyAny>) -> PyResult<Event> {
                 worker: f.get()?,
                 stream: f.get()?,
                 round: f.get()?,
-                entries: f.list("(accepted, token, length, handle)", |f| {
-                    Ok(Entry { accepted: f.get()?, token: f.get()?, length: f.get()?, handle: f.get()? })
+                entries: f.list("(accepted, token, length, handle, ended)", |f| {
+                    Ok(Entry {
+                        accepted: f.get()?,
+                        token: f.get()?,
+                        length: f.get()?,
+                        handle: f.get()?,
+                        ended: f.get()?,
+                    })
                 })?,
             }
         }

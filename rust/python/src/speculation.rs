@@ -341,7 +341,9 @@ impl Races {
         speculation::Races::new(seed, vocabulary).map(Self).map_err(|error| to_python(py, &error))
     }
 
-    /// logits [B, V], rules, requests and positions [B] -> out [B, count] int64: the first of each row's race.
+    /// logits [B, V], rules, requests and positions [B] -> out [B, count] int64: the first of each row's race; and
+    /// scores [B, count] float64, or None: how far ahead they are.
+    #[allow(clippy::too_many_arguments)]
     fn rank<'py>(
         &self,
         py: Python<'py>,
@@ -352,19 +354,22 @@ impl Races {
         requests: &Bound<'py, PyAny>,
         positions: &Bound<'py, PyAny>,
         out: &Bound<'py, PyAny>,
+        scores: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<()> {
         let (logits, mut out) = (hold("logits", logits)?, hold("out", out)?);
+        let mut scores = scores.map(|scores| hold("scores", scores)).transpose()?;
         let (temperature, top_k, top_p) =
             (hold("temperature", temperature)?, hold("top_k", top_k)?, hold("top_p", top_p)?);
         let (requests, positions) = (hold("requests", requests)?, hold("positions", positions)?);
         let (logits, out) = (logits.array()?, out.array_mut()?);
+        let scores = scores.as_mut().map(|scores| scores.array_mut()).transpose()?;
         let (temperature, top_k, top_p) = (temperature.array()?, top_k.array()?, top_p.array()?);
         let (requests, positions) = (requests.array()?, positions.array()?);
         enter(py, || {
             let rows = logits.shape().first().copied().unwrap_or(0);
             let rules = speculation::rules(&temperature, &top_k, &top_p, rows)?;
             let streams = Streams::new(self.0.seed(), &requests, &positions, rows)?;
-            self.0.rank(&logits, &rules, &streams, out)
+            self.0.rank(&logits, &rules, &streams, out, scores)
         })
     }
 }

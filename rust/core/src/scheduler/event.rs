@@ -74,10 +74,13 @@ pub struct Entry {
     pub accepted: u32,
     /// Of the outcome.
     pub token: u32,
-    /// Drafted tokens; a number that must not depend on what was drafted (no early end at an end of sequence).
+    /// Drafted tokens. Where the output's law depends on the drafts' (rejection), the number must not depend on other
+    /// drafts of the same positions; where equal tokens are kept (coupled) it may depend on anything.
     pub length: u32,
     /// The content.
     pub handle: Handle,
+    /// Drafting ended by itself: more tokens than these are not worth waiting for.
+    pub ended: bool,
 }
 
 /// Something that happened. Fields are the words of the module's first lines.

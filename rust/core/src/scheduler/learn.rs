@@ -39,9 +39,10 @@ impl Acceptance {
         Self { counts: Vec::new(), memory: (-1.0 / memory).exp() }
     }
 
-    /// A chain of `length` tokens of which `accepted` were kept.
-    pub fn observe(&mut self, length: u32, accepted: u32) {
-        let visited = length.min(accepted + 1) as usize;
+    /// A chain of `length` tokens of which `accepted` were kept. A chain that the draft ended counts as refused in its
+    /// next place: it did not get further, and that is what a longer chain asked for next time will give.
+    pub fn observe(&mut self, length: u32, accepted: u32, ended: bool) {
+        let visited = (length + u32::from(ended)).min(accepted + 1) as usize;
         if self.counts.len() < visited {
             self.counts.resize(visited, (0.0, 0.0));
         }
@@ -116,10 +117,10 @@ impl Learner {
         from_fn(|_| Acceptance::new(64.0))
     }
 
-    /// A chain of `length` tokens of which `accepted` were kept.
-    pub fn observe(&mut self, own: &mut [Acceptance; 2], class: Class, length: u32, accepted: u32) {
-        self.acceptance[class.index()].observe(length, accepted);
-        own[class.index()].observe(length, accepted);
+    /// A chain of `length` tokens of which `accepted` were kept; `ended`: by the draft, before it was as long as asked.
+    pub fn observe(&mut self, own: &mut [Acceptance; 2], class: Class, length: u32, accepted: u32, ended: bool) {
+        self.acceptance[class.index()].observe(length, accepted, ended);
+        own[class.index()].observe(length, accepted, ended);
     }
 
     /// Where the true token stood among the guesses.
@@ -178,18 +179,30 @@ mod tests {
         let mut own = Learner::stream();
         assert_eq!(learner.rates(None, Class::Model, 3), vec![0.7; 3]);
         for _ in 0..500 {
-            learner.observe(&mut own, Class::Model, 3, 3);
+            learner.observe(&mut own, Class::Model, 3, 3, false);
         }
         let rates = learner.rates(Some(&own), Class::Model, 4);
         assert!(rates.iter().all(|rate| *rate > 0.98 && *rate < 1.0), "{rates:?}");
         let mut other = Learner::stream();
         for _ in 0..20 {
-            learner.observe(&mut other, Class::Model, 3, 0);
+            learner.observe(&mut other, Class::Model, 3, 0, false);
         }
         // A stream that differs is somewhere between all and itself.
         let (all, its) = (learner.rates(None, Class::Model, 1)[0], learner.rates(Some(&other), Class::Model, 1)[0]);
         assert!(its < all && its > 0.1, "{its} {all}");
         assert_eq!(learner.rates(None, Class::Fast, 1), vec![0.2]);
+    }
+
+    #[test]
+    fn a_chain_that_ended_counts_where_it_ended() {
+        let (mut learner, mut own) = (Learner::default(), Learner::stream());
+        for _ in 0..400 {
+            learner.observe(&mut own, Class::Fast, 0, 0, true); // nothing was found to look up
+            learner.observe(&mut own, Class::Fast, 2, 2, true);
+        }
+        let rates = learner.rates(None, Class::Fast, 3);
+        assert!((rates[0] - 0.5).abs() < 0.01 && rates[1] > 0.98 && rates[2] < 0.02, "{rates:?}");
+        assert!((expected(&rates) - 2.0).abs() < 0.05);
     }
 
     #[test]

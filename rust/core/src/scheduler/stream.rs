@@ -19,11 +19,13 @@ pub struct Chain {
     pub handle: Option<Handle>,
     /// Its tokens (fast: the most there may be).
     pub length: u32,
+    /// The draft ended it: it is shorter than was asked for.
+    pub ended: bool,
 }
 
 impl Chain {
     /// No chain: a plain step.
-    pub const EMPTY: Chain = Chain { source: Source::Empty, handle: None, length: 0 };
+    pub const EMPTY: Chain = Chain { source: Source::Empty, handle: None, length: 0, ended: false };
 
     /// The class of estimates it belongs to.
     pub fn class(&self) -> Class {

@@ -38,7 +38,7 @@ const KEPT: usize = 1 << 22;
 const LN2_HIGH: f64 = f64::from_bits(0x3fe6_2e42_fee0_0000);
 const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
 
-/// -ln(u) for u in (0, 1), in plain operations, so with the same bits on every instruction set.
+/// -ln(u) for normal u > 0, in plain operations, so with the same bits on every instruction set.
 ///
 /// u = m 2^e with m in [1/sqrt 2, sqrt 2); ln m = 2 artanh(s), s = (m - 1) / (m + 1), |s| <= 0.172: eleven terms.
 #[inline(always)]
@@ -130,9 +130,19 @@ impl Races {
     /// The first `count` of each row's race: `logits [B, V]` to `out [B, count]` (int64); -1 where a law has fewer.
     /// Column 0 is the token drawn. Rows at temperature 0 rank by their logits (ties: the lower id).
     ///
+    /// `scores [B, count]` (float64), where asked for, says how far ahead: -ln of the time in the race, the logit at
+    /// temperature 0, -inf where there is no token.
+    ///
     /// # Errors
     /// Wrong ranks, extents or types; NaN or wholly masked rows.
-    pub fn rank(&self, logits: &Array<'_>, rules: &[Sampling], streams: &Streams, out: ArrayMut<'_>) -> Result<()> {
+    pub fn rank(
+        &self,
+        logits: &Array<'_>,
+        rules: &[Sampling],
+        streams: &Streams,
+        out: ArrayMut<'_>,
+        scores: Option<ArrayMut<'_>>,
+    ) -> Result<()> {
         let rows = rules.len();
         floating("logits", logits)?;
         let axes = format!("[B = {rows}, V = {}], the vocabulary of these races", self.vocabulary);
@@ -144,7 +154,16 @@ impl Races {
             return Err(Error::dtype("out", "int64", out.dtype()));
         }
         let count = out.shape()[1];
+        if let Some(scores) = &scores {
+            if scores.shape() != [rows, count] {
+                return Err(Error::shape("scores", format!("[B = {rows}, count = {count}]"), scores.shape()));
+            }
+            if scores.dtype() != Dtype::F64 {
+                return Err(Error::dtype("scores", "float64", scores.dtype()));
+            }
+        }
         let (out, results) = (out.rows::<i64>(), Results::new(rows));
+        let scores = scores.map(|scores| scores.rows::<f64>());
         threads::for_each(rows, logits.len() < SERIAL, Default::default, |row, scratch: &mut Scratch| {
             let done = self.race(logits, row, rules[row], streams, count, scratch);
             results.put(
@@ -154,6 +173,13 @@ impl Races {
                     out.fill(-1);
                     for (slot, &(_, token)) in out.iter_mut().zip(&scratch.order) {
                         *slot = token as i64;
+                    }
+                    if let Some(scores) = &scores {
+                        let scores = scores.take(row);
+                        scores.fill(f64::NEG_INFINITY);
+                        for (slot, &(value, _)) in scores.iter_mut().zip(&scratch.order) {
+                            *slot = if rules[row].is_greedy() { -value } else { minus_log(value) };
+                        }
                     }
                 }),
             );

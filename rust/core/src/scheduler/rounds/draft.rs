@@ -108,7 +108,8 @@ impl Rounds {
         let without = self.settings.workers == 0 || self.plan.length == 0;
         let plain = without && self.settings.fallback == Fallback::Neural;
         let length = if plain { 0 } else { stream.most().min(self.plan.fast) };
-        let chain = if length == 0 { Chain::EMPTY } else { Chain { source: Source::Fast, handle: None, length } };
+        let chain =
+            if length == 0 { Chain::EMPTY } else { Chain { source: Source::Fast, handle: None, length, ended: false } };
         self.make_ready(id, chain);
     }
 
@@ -151,7 +152,7 @@ impl Rounds {
         for entry in entries {
             let key = Self::key(id, round, entry.accepted, entry.token);
             let arrival = self.ledger.adopt(entry.handle, key, entry.length);
-            let cached = Cached { length: entry.length, handle: entry.handle };
+            let cached = Cached { length: entry.length, handle: entry.handle, ended: entry.ended };
             let stream = self.streams.get(&id).filter(|stream| stream.worker == Some(worker));
             match stream.map(|stream| (&stream.state, stream)) {
                 _ if arrival == Arrival::Known => self.ignore(),
@@ -197,7 +198,7 @@ impl Rounds {
         if let Some((_, handle)) = partial.filter(|(_, handle)| *handle != entry.handle) {
             self.waste(Some(handle));
         }
-        if entry.length >= want {
+        if entry.length >= want || entry.ended {
             self.stats.late_hits += 1;
             return self.serve(id, entry);
         }
@@ -254,17 +255,19 @@ impl Rounds {
         self.workers.heard(worker);
         let awaited = self.streams.get(&id).filter(|stream| stream.worker == Some(worker)).and_then(|stream| {
             match (&stream.state, stream.last()) {
-                (State::Awaiting { since, partial, .. }, Some(past)) if past.round == round => Some((*since, *partial)),
+                (State::Awaiting { since, partial, want, .. }, Some(past)) if past.round == round => {
+                    Some((*since, *partial, *want))
+                }
                 _ => None,
             }
         });
         // No entry has this key: a drafted chain is no guess. But it may be the branch there was, longer now.
         let key = Self::key(id, round, u32::MAX, u32::MAX);
-        let same = awaited.is_some_and(|(_, partial)| partial.is_some_and(|(_, kept)| kept == handle));
+        let same = awaited.is_some_and(|(_, partial, _)| partial.is_some_and(|(_, kept)| kept == handle));
         if !same && self.ledger.adopt(handle, key, length) != Arrival::New {
             return self.ignore();
         }
-        let Some((since, partial)) = awaited else {
+        let Some((since, partial, want)) = awaited else {
             self.ignore();
             return self.waste(Some(handle));
         };
@@ -277,14 +280,15 @@ impl Rounds {
         let better = partial.filter(|(have, _)| *have > length);
         if let Some((length, kept)) = better {
             self.waste(Some(handle));
-            return self.serve(id, Cached { length, handle: kept });
+            return self.serve(id, Cached { length, handle: kept, ended: true });
         }
         self.waste(partial.map(|(_, handle)| handle));
         if length == 0 {
             self.waste(Some(handle));
             return self.spare(id);
         }
-        self.make_ready(id, Chain { source: Source::Drafted, handle: Some(handle), length });
+        let ended = length < want;
+        self.make_ready(id, Chain { source: Source::Drafted, handle: Some(handle), length, ended });
     }
 
     /// How well the bonus was guessed.
@@ -344,7 +348,7 @@ impl Rounds {
     fn go_without(&mut self, id: StreamId, state: &State) {
         match state {
             State::Awaiting { partial: Some((length, handle)), .. } => {
-                self.serve(id, Cached { length: *length, handle: *handle });
+                self.serve(id, Cached { length: *length, handle: *handle, ended: false });
             }
             State::Awaiting { .. } | State::Opening { .. } => self.spare(id),
             _ => {}

@@ -35,6 +35,8 @@ use std::collections::BTreeMap;
 struct Cached {
     length: u32,
     handle: Handle,
+    /// See [`Entry::ended`].
+    ended: bool,
 }
 
 /// What the target is doing.

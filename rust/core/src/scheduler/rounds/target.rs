@@ -71,10 +71,12 @@ impl Rounds {
     fn outcome(&mut self, row: &Row, length: u32, verdict: &Verdict, missing: &mut Vec<(StreamId, Option<Cached>)>) {
         let id = row.stream;
         let Some(stream) = self.streams.get_mut(&id) else { return };
-        let chain = Chain { source: row.source, handle: row.handle, length };
+        let cut = stream.fast.is_some_and(|fast| fast < row.length);
+        let ended = cut || matches!(stream.state, State::Verifying { chain, .. } if chain.ended);
+        let chain = Chain { source: row.source, handle: row.handle, length, ended };
         stream.emitted += u64::from(verdict.emitted);
         self.stats.round(row.source, length, verdict.accepted, verdict.emitted);
-        self.learner.observe(&mut stream.acceptance, chain.class(), length, verdict.accepted);
+        self.learner.observe(&mut stream.acceptance, chain.class(), length, verdict.accepted, ended);
         stream.close_round(verdict.accepted, Some(verdict.token), &chain, length);
         if verdict.finished {
             return self.finish(id, Reason::Stopped);
@@ -110,7 +112,7 @@ impl Rounds {
                 self.stop_build(id);
                 self.spare(id);
             }
-            Some(entry) if entry.length >= want => {
+            Some(entry) if entry.length >= want || entry.ended => {
                 self.stop_build(id);
                 self.serve(id, entry);
             }
@@ -120,7 +122,8 @@ impl Rounds {
 
     /// An entry becomes the chain of the next round.
     pub(super) fn serve(&mut self, id: StreamId, entry: Cached) {
-        let chain = Chain { source: Source::Cached, handle: Some(entry.handle), length: entry.length };
+        let Cached { length, handle, ended } = entry;
+        let chain = Chain { source: Source::Cached, handle: Some(handle), length, ended };
         self.make_ready(id, chain);
     }
 
@@ -186,7 +189,9 @@ impl Rounds {
             let Some(stream) = self.streams.get_mut(stream_id) else { continue };
             let State::Ready { chain, .. } = stream.state else { continue };
             let mut chain = chain;
-            chain.length = chain.length.min(stream.most()).min(cut);
+            let length = chain.length.min(stream.most()).min(cut);
+            chain.ended &= length == chain.length;
+            chain.length = length;
             let mut unused = None;
             if chain.length == 0 {
                 unused = chain.handle;
@@ -227,7 +232,7 @@ impl Rounds {
         let patience = self.waits(self.plan.length).1;
         let Some(stream) = self.streams.get(&row.stream) else { return };
         let Some(worker) = stream.worker.filter(|_| stream.opened) else { return };
-        let chain = Chain { source: row.source, handle: row.handle, length: row.length };
+        let chain = Chain { source: row.source, handle: row.handle, length: row.length, ended: false };
         // After the worst outcome one token is gone, and another follows every chain.
         let depth = u64::from(self.plan.length.min(self.settings.depth)).min(stream.remaining().saturating_sub(2));
         if depth == 0 || self.plan.budget == 0 {

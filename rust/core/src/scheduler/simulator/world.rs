@@ -463,7 +463,7 @@ impl<'a> World<'a> {
             }
             self.contents.insert(branch.handle, branch.content.clone());
             let (accepted, token) = (branch.accepted, branch.token);
-            entries.push(Entry { accepted, token, length: job.done, handle: branch.handle });
+            entries.push(Entry { accepted, token, length: job.done, handle: branch.handle, ended: false });
         }
         if !entries.is_empty() {
             let (worker, stream, round) = (job.worker, job.stream, job.round);

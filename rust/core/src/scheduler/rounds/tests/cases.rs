@@ -41,7 +41,7 @@ fn started(settings: Settings, limit: u64) -> (Rounds, Row, Vec<u32>) {
 }
 
 fn entry(accepted: u32, token: u32, length: u32, handle: u64) -> Entry {
-    Entry { accepted, token, length, handle }
+    Entry { accepted, token, length, handle, ended: false }
 }
 
 fn verified(batch: u64, accepted: u32, token: u32) -> Event {

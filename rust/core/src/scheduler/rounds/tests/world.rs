@@ -340,7 +340,8 @@ impl World {
                     _ => self.make(Content { life, round, outcome: Some((accepted, token)), length: depth }),
                 };
                 known.insert((accepted, token), handle);
-                entries.push(Entry { accepted, token, length, handle });
+                let ended = self.chance(10);
+                entries.push(Entry { accepted, token, length, handle, ended });
             }
             self.pending.push(Event::Entries { worker, stream, round, entries });
         }
