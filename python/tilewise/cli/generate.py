@@ -313,7 +313,7 @@ _SOURCES = {
 }  # fmt: skip
 _ROWS = (
     "tokens", "tokens a second", "over plain", "steps of the target", "tokens a step", "drafts accepted", *_SOURCES,
-    "waited for drafts",
+    "waited for drafts", "drafts lost",
 )  # fmt: skip
 
 
@@ -333,6 +333,8 @@ def _figures(stats: Stats | EngineStats, speedup: float) -> dict[str, str]:
             rounds = sum(stats.accepted.get(source, ()))
             found[row] = f"{rounds / stats.rounds:.0%} of steps" if stats.rounds else "-"
         found["waited for drafts"] = f"{stats.wait_seconds / stats.seconds:.0%} of the time"
+        if stats.lost_workers:  # then the figures are not those of drafts made ahead
+            found["drafts lost"] = f"{stats.lost_workers}"
     elif stats.drafted:
         found["drafts accepted"] = f"{stats.accepted} of {stats.drafted}"
     return found
