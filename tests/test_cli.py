@@ -23,20 +23,6 @@ def call(*arguments: object, stdin: str | None = None):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
 
 
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    pytest.importorskip("transformers")
-    from tilewise.hf.testing import save_random_pair
-
-    return save_random_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture
-def pair(places):
-    """Options that name a random pair; float64, because random weights make near-ties that float32 decides freely."""
-    return ("--model", places[0], "--draft", places[1], "--max-new-tokens", 24, "--dtype", "float64")
-
-
 def test_help_and_version_load_nothing_heavy():
     code = (
         "import sys; from tilewise.cli.app import app; from typer.testing import CliRunner;"
@@ -53,114 +39,6 @@ def test_module_is_the_entry_point():
     command = [sys.executable, "-m", "tilewise.cli", "--version"]
     shown = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True)
     assert shown.stdout.strip() == f"tilewise {tilewise.__version__}"
-
-
-def test_generate_streams_text(pair):
-    result = call("generate", "def f(", *pair)
-    assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("def f(")
-    assert len(result.stdout) > len("def f(") + 4
-    assert "24 tokens" in result.stderr
-    assert "a step of the target" in result.stderr
-    assert call("generate", "-", *pair, stdin="def f(").stdout == result.stdout
-
-
-def test_generate_json(pair):
-    fast = json.loads(call("generate", "def f(", *pair, "--json").stdout)
-    plain = json.loads(call("generate", "def f(", *pair[:2], *pair[4:], "--json").stdout)
-    assert fast["tokens"] == plain["tokens"]
-    assert len(fast["tokens"]) == fast["stats"]["tokens"] == 24
-    assert fast["text"] == plain["text"] == bytes(fast["tokens"]).decode("utf-8", errors="replace")
-    assert fast["models"]["draft"] == str(pair[3])
-    assert plain["models"]["draft"] is None
-    assert plain["stats"]["drafted"] == 0 < fast["stats"]["drafted"]
-    assert fast["settings"]["draft_length"] == 8
-
-
-def test_compare_reports_speed_and_identity(pair):
-    result = call("generate", "def f(", *pair, "--compare")
-    assert result.exit_code == 0, result.output
-    for part in ("identical: yes", "speed-up: ", "plain", "speculative", "tokens a second", "draft 1"):
-        assert part in result.stdout
-    found = json.loads(call("generate", "def f(", *pair, "--compare", "--json", "--repeat", 2).stdout)
-    assert found["identical"] is True
-    assert found["first_difference"] is None
-    assert found["plain"]["rounds"] == 23
-    assert found["speedup"] == pytest.approx(
-        found["speculative"]["tokens_per_second"] / found["plain"]["tokens_per_second"]
-    )
-
-
-def test_compare_does_not_expect_identity_when_sampling(pair):
-    result = call("generate", "def f(", *pair, "--compare", "--temperature", 0.9, "--top-p", 0.9, "--top-k", 40)
-    assert result.exit_code == 0
-    assert "identical: not expected" in result.stdout
-    assert "identical: yes" not in result.stdout
-    found = call("generate", "def f(", *pair, "--compare", "--temperature", 0.9, "--json")
-    assert json.loads(found.stdout)["identical"] is None
-
-
-def test_compare_fails_if_the_tokens_differ(pair, monkeypatch):
-    """The comparison must be able to say no: a verification that accepts everything is caught."""
-    from tilewise.hf.generate import SpeculativeDecoder
-
-    honest = SpeculativeDecoder._verify
-
-    def credulous(self, drafted, *arguments):
-        _, token = honest(self, drafted, *arguments)
-        return len(drafted), token
-
-    monkeypatch.setattr(SpeculativeDecoder, "_verify", credulous)
-    result = call("generate", "def f(", *pair, "--compare")
-    assert result.exit_code == 1
-    assert "identical: no (token" in result.stdout
-    assert json.loads(call("generate", "def f(", *pair, "--compare", "--json").stdout)["identical"] is False
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (("--model", "./no/such/place"), 1, "does not exist"),
-        (("--model", "nobody/no-such-model"), 1, "Hugging Face cache"),
-        (("--top-p", "0"), 1, "top_p"),
-        (("--dtype", "int8"), 1, "--dtype must be one of"),
-        (("--compare", "--draft", "none"), 1, "needs a draft"),
-        (("--temperature", "-1"), 2, "temperature"),
-        (("--no-such-option",), 2, "No such option"),
-    ],
-)
-def test_errors_are_messages_and_exit_codes(arguments, code, message, pair):
-    models = () if "--model" in arguments or "--draft" in arguments else pair[:4]
-    result = call("generate", "x", *models, *arguments)
-    assert result.exit_code == code, result.output
-    # rich wraps and frames usage errors
-    assert message in " ".join(result.stderr.replace("│", " ").split())
-    assert "Traceback" not in result.output
-
-
-def test_threads_are_handed_on(pair):
-    from tilewise import _core
-
-    before = _core.num_threads()
-    try:
-        found = json.loads(call("generate", "x", *pair, "--threads", 1, "--json").stdout)
-        assert found["settings"]["threads"] == _core.num_threads() == 1
-    finally:
-        _core.set_num_threads(0)
-    assert _core.num_threads() == before
-
-
-def test_an_empty_prompt_is_refused(pair):
-    result = call("generate", "", *pair)
-    assert result.exit_code == 1
-    assert "the prompt is empty" in result.stderr
-
-
-def test_generate_without_torch_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tilewise.hf.models", None)  # as an import that fails somewhere below
-    result = call("generate", "x")
-    assert result.exit_code == 1
-    assert "pip install 'tilewise[hf]'" in result.stderr
 
 
 def test_doctor():

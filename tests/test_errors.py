@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,7 @@ import tokenizers  # noqa: E402  (after the check that there is a torch)
 
 import tilewise.torch as twt  # noqa: E402
 from tilewise.hf import models as hf_models  # noqa: E402
+from tilewise.hf.compare import Comparison, compare  # noqa: E402
 
 A, B = normal((2, 3)), normal((3, 4))
 Q, K = normal((1, 4, 3, 8)), normal((1, 2, 5, 8))
@@ -852,6 +854,30 @@ FRONTS = [
         ("experts", "double backward"),
     ),
     Row("hf.round_tokens: no experts", rounded_llama, UnsupportedError, ("LlamaForCausalLM", "no expert modules")),
+    Row(
+        "hf.compare: no draft",
+        lambda: compare(SimpleNamespace(draft=None), [1], 8),  # type: ignore[arg-type]
+        ArgumentError,
+        ("nothing to compare", "no draft", "name one"),
+    ),
+    Row(
+        "hf.compare: no tokens",
+        lambda: compare(SimpleNamespace(draft=0), [1], 0),  # type: ignore[arg-type]
+        ArgumentError,
+        ("max_new_tokens", "at least 1", "got 0"),
+    ),
+    Row(
+        "hf.compare: no runs",
+        lambda: compare(SimpleNamespace(draft=0), [1], 8, repeat=0),  # type: ignore[arg-type]
+        ArgumentError,
+        ("repeat", "at least 1", "got 0"),
+    ),
+    Row(
+        "hf.compare: a way that did not run",
+        lambda: Comparison({"plain": [], "speculative": []}, greedy=True).median("ssd"),
+        ArgumentError,
+        ("mode:", "'plain', 'speculative'", "'ssd'"),
+    ),
     Row("plot: counts", lambda: plot.padded_share([[1]], 4), ShapeError, ("load:", "[experts]", "[1, 1]")),
     Row("plot: tile", lambda: plot.padded_share([1], 0), ArgumentError, ("tile:", "at least 1", "got 0")),
     Row("plot: no matplotlib", in_process(NO_MATPLOTLIB), MissingExtraError, ("pip install 'tilewise[viz]'",)),

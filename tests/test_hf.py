@@ -422,3 +422,13 @@ def test_register_twice_and_no_side_effect_on_import():
         "tilewise.hf.register(); assert 'tilewise' in AttentionInterface()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_generators_are_names_of_the_package():
+    import tilewise.hf.engine
+    import tilewise.hf.generate
+
+    for name in ("SpeculativeGenerator", "EngineStats", "custom_generate", "serve_draft"):
+        assert getattr(tilewise.hf, name) is getattr(tilewise.hf.engine, name)
+    assert tilewise.hf.SpeculativeDecoder is tilewise.hf.generate.SpeculativeDecoder
+    assert set(tilewise.hf._HOMES) < set(tilewise.hf.__all__)

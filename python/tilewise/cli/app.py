@@ -67,18 +67,37 @@ def generate(
     draft: Annotated[
         str | None, typer.Option(help="Directory or cached repository of its draft; 'none' generates plainly.")
     ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="plain (no draft), speculative (draft, then verify), or ssd (drafts made ahead, in a process of "
+            "their own). Speculative where there is a draft, if not given."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="How many tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy, 1 the model's own law.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the most probable tokens up to this mass, in (0, 1].")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Keep this many tokens; 0 keeps all.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
-    draft_length: Annotated[int, typer.Option(min=1, help="Most tokens to draft in a round.")] = 8,
+    draft_length: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens to draft in a round; 8, or the engine's own for ssd.")
+    ] = None,
     confidence: Annotated[
         float,
-        typer.Option(min=0.0, max=1.0, help="End a draft once its own probability falls below this; 0 never does."),
+        typer.Option(min=0.0, max=1.0, help="speculative: end a draft that is less probable than this; 0 never does."),
     ] = 0.3,
+    budget: Annotated[
+        int | None, typer.Option(min=0, help="ssd: most outcomes to guess in a round; the engine's own if not given.")
+    ] = None,
+    fallback: Annotated[
+        str | None,
+        typer.Option(help="ssd: after an outcome that was not guessed: adaptive (the default), neural or fast."),
+    ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Also generate without the draft, and report speed and identity.")
+        bool,
+        typer.Option(
+            "--compare", help="Also generate plainly (and, for ssd, speculatively); report speed and identity."
+        ),
     ] = False,
     repeat: Annotated[int, typer.Option(min=1, help="With --compare: runs of each; the median counts.")] = 1,
     threads: Annotated[
@@ -88,6 +107,9 @@ def generate(
     dtype: Annotated[
         str, typer.Option(help="float32, float64, bfloat16, or auto (what the checkpoint has).")
     ] = "float32",
+    plot: Annotated[
+        Path | None, typer.Option(help="ssd: write a picture of what each round accepted, and which were hits.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> int:
     """Continue a text, with a draft model where there is one. Text goes to standard output as it comes."""
@@ -98,6 +120,7 @@ def generate(
             prompt=prompt,
             model=model,
             draft=draft,
+            mode=mode,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -105,10 +128,13 @@ def generate(
             seed=seed,
             draft_length=draft_length,
             confidence=confidence,
+            budget=budget,
+            fallback=fallback,
             compare=compare,
             repeat=repeat,
             threads=threads,
             dtype=dtype,
+            plot=plot,
             as_json=as_json,
         )
     )

@@ -8,6 +8,8 @@
 
 or, for a model that is there already, ``tilewise.hf.switch(model)``. Both train (attention with dropout, soft caps and
 sinks too); ``tilewise.hf.round_tokens(model)`` adds token rounding to the experts.
+``tilewise.hf.SpeculativeDecoder`` generates with a draft model, ``tilewise.hf.SpeculativeGenerator`` with drafts made
+ahead, in processes of their own.
 
 Importing this package changes nothing in transformers; :func:`register` does, explicitly and as often as one likes.
 """
@@ -23,18 +25,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tilewise.hf.attention import attention_forward
+    from tilewise.hf.engine import EngineStats, SpeculativeGenerator, custom_generate, serve_draft
     from tilewise.hf.experts import experts_forward
+    from tilewise.hf.generate import SpeculativeDecoder
     from tilewise.hf.masks import attention_mask
     from tilewise.hf.rounding import TokenRounding, round_tokens
 
 __all__ = [
     "NAME",
+    "EngineStats",
+    "SpeculativeDecoder",
+    "SpeculativeGenerator",
     "TokenRounding",
     "attention_forward",
     "attention_mask",
+    "custom_generate",
     "experts_forward",
     "register",
     "round_tokens",
+    "serve_draft",
     "switch",
 ]
 
@@ -47,6 +56,11 @@ _HOMES = {
     "experts_forward": "tilewise.hf.experts",
     "TokenRounding": "tilewise.hf.rounding",
     "round_tokens": "tilewise.hf.rounding",
+    "SpeculativeDecoder": "tilewise.hf.generate",
+    "SpeculativeGenerator": "tilewise.hf.engine",
+    "EngineStats": "tilewise.hf.engine",
+    "custom_generate": "tilewise.hf.engine",
+    "serve_draft": "tilewise.hf.engine",
 }
 
 

@@ -134,10 +134,10 @@ def timeline(rounds: Iterable[tuple[float, str, int]], *, ax: Axes | None = None
         ax.plot(times[chosen], np.full(chosen.sum(), -0.35), mark, color=colour, markersize=4, clip_on=False)
     hits = float(np.mean([source == "cached" for _, source, _ in rows]))
     ax.set(
-        xlabel="time", ylabel="drafted tokens accepted", ylim=(-0.7, max(accepted.max(), 1) + 0.6),
+        xlabel="time", ylabel="drafted tokens accepted", ylim=(-0.7, 1.15 * max(accepted.max(), 1) + 0.6),
         title=f"{len(rows)} rounds, {accepted.mean():.1f} tokens accepted on average, {100 * hits:.0f} % hits",
     )  # fmt: skip
-    ax.legend(frameon=False, fontsize="small", loc="upper right")
+    ax.legend(frameon=False, fontsize="small", loc="upper right", ncols=len(_SOURCES))
     return ax
 
 
