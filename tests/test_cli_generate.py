@@ -242,9 +242,9 @@ def test_compare_fails_if_the_tokens_of_ssd_differ(pair, monkeypatch):
 
 def test_a_draft_that_does_not_start(pair, monkeypatch):
     """The text is the same, and a warning says why it is slow; a comparison refuses to time that."""
-    from tilewise.hf.engine import SpeculativeGenerator
+    from tilewise.hf.engine.drafts import Drafts
 
-    monkeypatch.setattr(SpeculativeGenerator, "_start_drafts", lambda self: None)
+    monkeypatch.setattr(Drafts, "start", lambda self: None)
     result = call("generate", "def f(", *pair, *AHEAD)
     assert result.exit_code == 0, result.output
     assert result.stdout == call("generate", "def f(", *pair).stdout

@@ -205,7 +205,7 @@ def test_without_a_draft_look_ups_are_drafts(pair):
 def test_P15_killing_the_draft_changes_nothing(pair, after):
     with SpeculativeGenerator(*pair, draft_length=4, budget=8, adaptive=False, fallback="neural") as generator:
         assert generator.wait_until_ready()
-        process = generator._processes[0].process
+        process = generator._drafts.processes[0].process
         iterator = generator.stream(PROMPTS, 120)
         got = [[] for _ in PROMPTS]
         for count, (index, tokens) in enumerate(iterator):
@@ -224,7 +224,7 @@ def test_P15_killing_the_draft_changes_nothing(pair, after):
 def test_P15_a_draft_that_hangs_is_given_up_on(pair):
     with SpeculativeGenerator(*pair, draft_length=4, budget=8, patience=0.1) as generator:
         assert generator.wait_until_ready()
-        process = generator._processes[0].process
+        process = generator._drafts.processes[0].process
         os.kill(process.pid, signal.SIGSTOP)
         try:
             [result] = generator.generate([PROMPTS[0]], 80)
@@ -239,7 +239,7 @@ _VICTIM = """
     from tilewise.hf.testing import random_draft
     with SpeculativeGenerator(random_draft(seed=1), random_draft(seed=2)) as generator:
         generator.wait_until_ready()
-        print(generator._processes[0].process.pid, flush=True)
+        print(generator._drafts.processes[0].process.pid, flush=True)
         while True:
             generator.generate([[1, 2, 3]], 100)
 """

@@ -74,6 +74,8 @@ class Rounds:
         workers: how many draft workers there may be. Each counts from its ``("worker_ready", worker)`` on.
         vocabulary: number of different tokens.
         seed: of the few random choices (when to try what is not known well enough).
+        ordered: the drafts end chains by themselves and grow branches in order of their probability, as far as time
+            permits: chain length and budget are bounds and are not chosen. See `ended` above.
         together: always verify all streams together; otherwise rows that have their chains go ahead of rows that wait
             for a draft where that is estimated to give more tokens per second.
 
@@ -107,6 +109,7 @@ class Rounds:
         vocabulary: int,
         seed: int = 0,
         together: bool = False,
+        ordered: bool = False,
     ) -> None:
         values = {"draft_length": draft_length, "budget": budget, "max_batch": max_batch, "workers": workers}
         values |= {"vocabulary": vocabulary, "seed": seed} | ({} if depth is None else {"depth": depth})
@@ -128,6 +131,7 @@ class Rounds:
             vocabulary=vocabulary,
             seed=seed,
             together=together,
+            ordered=ordered,
         )
 
     def handle(self, now: float, event: tuple[Any, ...]) -> list[tuple[Any, ...]]:

@@ -209,7 +209,7 @@ impl Rounds {
 #[pymethods]
 impl Rounds {
     #[new]
-    #[pyo3(signature = (*, draft_length, budget, depth, fallback, max_batch, patience, adaptive, workers, vocabulary, seed, together=false))]
+    #[pyo3(signature = (*, draft_length, budget, depth, fallback, max_batch, patience, adaptive, workers, vocabulary, seed, together=false, ordered=false))]
     fn new(
         py: Python<'_>,
         draft_length: u32,
@@ -223,6 +223,7 @@ impl Rounds {
         vocabulary: u32,
         seed: u64,
         together: bool,
+        ordered: bool,
     ) -> PyResult<Self> {
         enter(py, || {
             let fallback = Fallback::named(fallback)?;
@@ -236,6 +237,7 @@ impl Rounds {
                 patience,
                 adaptive,
                 together,
+                ordered,
                 workers,
                 vocabulary,
                 seed,
@@ -323,6 +325,14 @@ impl Rounds {
         chosen.set_item("tokens_per_second", plan.rate)?;
         chosen.set_item("critical_batch", plan.critical)?;
         out.set_item("plan", chosen)?;
+        let worth = core.worth();
+        let weighed = PyDict::new(py);
+        for (name, value) in
+            [("verified", worth.verified), ("drafted", worth.drafted), ("branch", worth.branch), ("hit", worth.hit)]
+        {
+            weighed.set_item(name, value)?;
+        }
+        out.set_item("worth", weighed)?;
         let times = PyDict::new(py);
         times.set_item("target", latency.target.is_known().then(|| latency.target.coefficients().to_vec()))?;
         times.set_item("build", latency.builds.is_known().then(|| latency.builds.coefficients().to_vec()))?;
@@ -436,6 +446,7 @@ fn scheduler_simulate<'py>(
             patience: None,
             adaptive,
             together,
+            ordered: false,
             workers: 0,
             vocabulary,
             seed,

@@ -17,15 +17,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tilewise import _core
 from tilewise.errors import ArgumentError, VocabularyError
-from tilewise.hf.engine.link import ready
-from tilewise.hf.engine.processes import DraftProcess, torchrun_rank
+from tilewise.hf.engine.drafts import Drafts
+from tilewise.hf.engine.processes import torchrun_rank
 from tilewise.hf.engine.requests import Generated, Request, Stops
 from tilewise.hf.engine.rules import Settings, rule_of
 from tilewise.hf.engine.stats import BuildRecord, DraftRecord, EngineStats, RoundRecord
@@ -49,8 +52,10 @@ class SpeculativeGenerator:
         draft: a smaller one with the same vocabulary; None decodes with look-ups alone.
         workers: draft processes; sequences are divided among them. ``"torchrun"``: those of rank 1 and up of a program
             that torchrun started, on whatever machines, which call :func:`serve_draft` with the draft.
-        draft_length: most drafted tokens of a round.
-        budget: most outcomes to guess in a round.
+        draft_length: most drafted tokens of a round; None is 16 under the coupled rule, where chains end by themselves
+            once they are not worth going on, and 8 under the rejection rule, where they must not.
+        budget: most branches that grow at once; None is 8 under the coupled rule, where they take turns by their
+            probability, and 16 under the rejection rule, where all guessed outcomes are drafted equally far.
         depth: most tokens to draft behind each; None is `draft_length`.
         fallback: what a sequence does whose outcome was not guessed: ``"neural"`` (the draft drafts now), ``"fast"``
             (look-ups, no waiting) or ``"adaptive"`` (what is measured to be better).
@@ -61,7 +66,8 @@ class SpeculativeGenerator:
         max_batch: most sequences verified together.
         patience: seconds to wait for a late draft before going on without; None measures.
         adaptive: whether lengths and budgets follow what is measured; otherwise they are as given.
-        threads: torch's threads in the target; None chooses as SpeculativeDecoder does.
+        threads: torch's threads in the target; None chooses as SpeculativeDecoder does. Draft processes here keep their
+            cores: the target's kernels (and torch, where it has many threads) leave `draft_threads` free for each.
         draft_threads: threads of each draft process.
         tokenizer: for stop strings and for text in the results.
 
@@ -86,8 +92,8 @@ class SpeculativeGenerator:
         draft: PreTrainedModel | None = None,
         *,
         workers: int | Literal["torchrun"] = 1,
-        draft_length: int = 8,
-        budget: int = 16,
+        draft_length: int | None = None,
+        budget: int | None = None,
         depth: int | None = None,
         fallback: Literal["adaptive", "neural", "fast"] = "adaptive",
         rule: Literal["coupled", "rejection"] = "coupled",
@@ -122,14 +128,17 @@ class SpeculativeGenerator:
             raise ArgumentError(f"saguaro must lie in [0, 1], got {saguaro}; 1 leaves the draft's law alone")
         if support < 1:
             raise ArgumentError(f"support must be at least 1, got {support}")
+        if draft_length is None:
+            draft_length = 16 if rule == "coupled" else 8
+        if budget is None:
+            budget = 8 if rule == "coupled" else 16
         fan_out = max(1, round(budget / (draft_length + 1)))
         self.target = target
         self.settings = Settings(rule, temperature, top_k, top_p, seed, support, saguaro, fan_out)
         self._rule = rule_of(self.settings, self._vocabulary)
         self._start_target: Callable[[], Runner] = runners(target, rollback=True)
         self._threads = step_threads(target, threads)
-        self._draft, self._draft_threads, self._tokenizer = draft, draft_threads, tokenizer
-        self._lookup, self._most = lookup, budget
+        self._tokenizer, self._lookup, self._most = tokenizer, lookup, budget
         if workers == "torchrun":
             rank, size = torchrun_rank()
             if rank != 0:
@@ -141,36 +150,27 @@ class SpeculativeGenerator:
             raise ArgumentError(f"workers: expected a number of processes, or 'torchrun', got {workers!r}")
         else:
             count = workers if draft is not None else 0
-        self._elsewhere = workers == "torchrun"
         self._machine = Rounds(
             draft_length=draft_length, budget=budget, depth=depth, fallback=fallback, max_batch=max_batch,
             patience=patience, adaptive=adaptive, workers=count, vocabulary=self._vocabulary, seed=seed,
+            ordered=self._rule.free,
         )  # fmt: skip
         self.stats = EngineStats()
         self._requests: dict[int, Request] = {}
         self._contents: dict[int, tuple[list[int], list[Any] | None]] = {}
         self._prefills: deque[int] = deque()
         self._verifications: deque[tuple[int, list[Any]]] = deque()
-        self._outgoing: dict[int, list[Any]] = {}
         self._known: dict[tuple[int, int], int] = {}
         self._building: dict[tuple[int, int, int], float] = {}
         self._asked: dict[tuple[int, int, int], float] = {}
         self._told = 0.0
-        self._processes: dict[int, DraftProcess | None] = dict.fromkeys(range(count))
-        self._started = 0
+        self._worth: list[float] = []
         self._next_stream = 0
         self._origin: float | None = None
-        self._start_drafts()
+        self._drafts = Drafts(draft, count, draft_threads)
+        self._drafts.start()
 
     # Processes.
-
-    def _start_drafts(self) -> None:
-        """Starts a process for every worker that has none."""
-        for worker, process in self._processes.items():
-            if process is None and (self._draft is not None or (self._elsewhere and self._started == 0)):
-                name = self._started * len(self._processes) + worker
-                self._processes[worker] = DraftProcess(self._draft, name, self._draft_threads)
-        self._started += 1
 
     def wait_until_ready(self, timeout: float = 120.0) -> bool:
         """Wait for the drafts' processes, which take seconds to start; generation does not need to.
@@ -178,23 +178,16 @@ class SpeculativeGenerator:
         Returns:
             Whether all of them serve.
         """
-        end = time.perf_counter() + timeout
-        while not all(process is not None and process.ready for process in self._processes.values()):
-            left = end - time.perf_counter()
-            if left <= 0 or any(process is None for process in self._processes.values()):
-                return False
-            self._take(min(left, 0.05))
-        return True
+        for seconds in self._drafts.wait_until_serving(time.perf_counter() + timeout):
+            self._take(seconds)
+        return self._drafts.serving
 
     def close(self) -> None:
         """End the drafts' processes. Sequences that are not over are aborted."""
         for stream, request in list(self._requests.items()):
             if not request.over:
                 self._tell(("abort", stream))
-        for process in self._processes.values():
-            if process is not None:
-                process.close()
-        self._processes = dict.fromkeys(self._processes)
+        self._drafts.close()
 
     def __enter__(self) -> SpeculativeGenerator:
         return self
@@ -292,10 +285,8 @@ class SpeculativeGenerator:
                 Request(self._next_stream, request + index, prompt, wanted, stops, Generated(), tokens=prompt[:])
             )
             self._next_stream += 1
-        for process in self._processes.values():
-            if process is None:
-                self._start_drafts()
-                break
+        if not self._drafts.complete:
+            self._drafts.start()
         for each in made:
             if wanted == 0:
                 each.result.reason = "limit"
@@ -344,36 +335,51 @@ class SpeculativeGenerator:
         """Takes all messages that have come; waits for one at most so long. Whether anything was heard."""
         heard = self._listen()
         if not heard and timeout > 0.0:
-            links = [each.link for each in self._processes.values() if each is not None and each.link is not None]
-            # Who has not called yet is looked after from time to time.
-            starting = any(each is not None and not each.ready for each in self._processes.values())
-            ready(links, min(timeout, 0.01) if starting else timeout)
+            self._drafts.wait(timeout)
             heard = self._listen()
         return heard
 
     def _listen(self) -> bool:
+        """Takes what has come. Of an entry that came several times, longer each time, the scheduler sees the last."""
         heard = False
-        for worker, process in self._processes.items():
-            if process is None:
+        latest: dict[tuple[int, int, int], dict[tuple[int, int], list[Any]]] = {}
+        ended: dict[tuple[int, int, int], float] = {}
+        for worker, event, arrays in self._drafts.receive():
+            heard = True
+            if event[0] == "entries":
+                key = (worker, event[1], event[2])
+                entries = latest.setdefault(key, {})
+                for entry in event[3]:
+                    known = entries.get((entry[0], entry[1]))
+                    if known is not None:
+                        self._contents.pop(known[3], None)
+                    entries[entry[0], entry[1]] = entry
+                ended[key] = self._ended(worker, event)
                 continue
-            while process.link is not None and (message := process.link.receive()) is not None:
-                heard = True
-                for event in message[0]:
-                    self._heard(worker, process, event, message[1])
-            if process.lost:
-                heard = True
-                process.close()
-                self._processes[worker] = None
-                self.stats.lost_workers += 1
-                self._tell(("worker_lost", worker))
+            if event[0] != "content" and latest:
+                self._entries(latest, ended)
+            self._heard(worker, event, arrays)
+        self._entries(latest, ended)
         return heard
 
-    def _heard(self, worker: int, process: DraftProcess, event: list[Any], arrays: list[Any]) -> None:
+    def _entries(
+        self,
+        latest: dict[tuple[int, int, int], dict[tuple[int, int], list[Any]]],
+        ended: dict[tuple[int, int, int], float],
+    ) -> None:
+        for key, entries in latest.items():
+            self._tell(("entries", *key, [tuple(entry) for entry in entries.values()]), ended[key])
+        latest.clear()
+
+    def _heard(self, worker: int, event: list[Any], arrays: list[Any]) -> None:
         kind = event[0]
         if kind == "ready":
-            process.ready = True
-            process.send([["settings", asdict(self.settings)]])
+            self._drafts.greet(worker, asdict(self.settings))
+            self._worth = []
             self._tell(("worker_ready", worker))
+        elif kind == "lost":
+            self.stats.lost_workers += 1
+            self._tell(("worker_lost", worker))
         elif kind == "content":
             _, handle, tokens, index = event
             laws = None if index < 0 else list(zip(arrays[index], arrays[index + 1], strict=True))
@@ -382,9 +388,6 @@ class SpeculativeGenerator:
             self._tell(("opened", worker, event[1]))
         elif kind == "rank":
             self._tell((kind, worker, *event[1:]), self._told)
-        elif kind == "entries":
-            entries = [tuple(entry) for entry in event[3]]
-            self._tell((kind, worker, event[1], event[2], entries), self._ended(worker, event))
         elif kind == "built":
             self.stats.builds.append(BuildRecord(event[5], event[4], event[3]))
             self._tell((kind, worker, *event[1:-1]), self._ended(worker, event))
@@ -406,14 +409,15 @@ class SpeculativeGenerator:
         self._told = max(self._told, time.perf_counter() if at is None else at)
         for command in self._machine.handle(self._told, event):
             getattr(self, f"_do_{command[0]}")(*command[1:])
-        for worker, messages in self._outgoing.items():
-            process = self._processes[worker]
-            if process is not None:
-                process.send(messages)
-        self._outgoing.clear()
+        self._drafts.flush()
 
-    def _send(self, worker: int, *message: Any) -> None:
-        self._outgoing.setdefault(worker, []).append(message)
+    def _weigh(self) -> None:
+        """Tells the drafts what a token is worth now, if that is another than it was."""
+        worth = list(self._machine.stats()["worth"].values())
+        if not self._worth or any(abs(new - old) > 0.1 * old for new, old in zip(worth, self._worth, strict=True)):
+            self._worth = worth
+            for worker in self._drafts.processes:
+                self._drafts.send(worker, "worth", *worth)
 
     def _news(self, worker: int, stream: int) -> tuple[int, list[int]]:
         """What was committed since the worker was last told: from where on, and the tokens."""
@@ -448,31 +452,30 @@ class SpeculativeGenerator:
         # The last token committed comes with the first outcome or draft, as after any round.
         tokens = request.tokens[:-1] if request.result.tokens else request.tokens
         self._known[worker, stream] = len(tokens)
-        self._send(worker, "open", stream, request.request, self._most, tokens)
+        self._drafts.send(worker, "open", stream, request.request, self._most, tokens)
 
     def _do_build(
         self, worker: int, stream: int, number: int, source: str, handle: int, fan_out: list[int], depth: int
     ) -> None:
-        process = self._processes[worker]
         chain = self._requests[stream].chains[number][0]
-        made_there = source in ("cached", "drafted") and process is not None and handle % 1024 == process.name % 1024
+        made_there = source in ("cached", "drafted") and self._drafts.made(worker, handle)
         given = None if made_there or not chain else chain
         self._building[worker, stream, number] = time.perf_counter()
-        self._send(worker, "build", stream, number, *self._news(worker, stream), given, fan_out, depth)
+        self._drafts.send(worker, "build", stream, number, *self._news(worker, stream), given, fan_out, depth)
 
     def _do_draft(self, worker: int, stream: int, number: int, accepted: int, token: int, length: int) -> None:
         self._asked[worker, stream, number] = time.perf_counter()
-        self._send(worker, "draft", stream, number, *self._news(worker, stream), length)
+        self._drafts.send(worker, "draft", stream, number, *self._news(worker, stream), length)
 
     def _do_outcome(self, worker: int, stream: int, number: int, accepted: int, token: int, handle: int) -> None:
-        self._send(worker, "outcome", stream, number, *self._news(worker, stream), handle)
+        self._drafts.send(worker, "outcome", stream, number, *self._news(worker, stream), handle)
 
     def _do_stop(self, worker: int, stream: int, number: int) -> None:
-        self._send(worker, "stop", stream, number)
+        self._drafts.send(worker, "stop", stream, number)
 
     def _do_forget(self, worker: int, stream: int) -> None:
         self._known.pop((worker, stream), None)
-        self._send(worker, "forget", stream)
+        self._drafts.send(worker, "forget", stream)
 
     def _do_discard(self, handles: list[int]) -> None:
         for handle in handles:
@@ -485,6 +488,20 @@ class SpeculativeGenerator:
 
     # The target's work.
 
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """The target's turn, on the cores that the drafts here leave."""
+        beside, kernels = self._drafts.threads_here, _core.num_threads()
+        threads = self._threads
+        if threads is None:
+            threads = max(1, torch.get_num_threads() - beside)
+        _core.set_num_threads(max(1, kernels - beside))
+        try:
+            with computing(threads):
+                yield
+        finally:
+            _core.set_num_threads(kernels)
+
     def _prefill(self, stream: int) -> None:
         request = self._requests.get(stream)
         if request is None or request.over:
@@ -492,7 +509,7 @@ class SpeculativeGenerator:
             return
         began = time.perf_counter()
         request.runner = self._start_target()
-        with computing(self._threads):
+        with self._computing():
             logits = request.runner.feed(request.tokens, last=1)
         _, token = self._rule.decide([], None, as_rows(logits), request.request, len(request.tokens))
         self.stats.prompt_seconds += time.perf_counter() - began
@@ -507,7 +524,7 @@ class SpeculativeGenerator:
     def _verify(self, batch: int, rows: list[Any]) -> None:
         began = time.perf_counter()
         outcomes = []
-        with computing(self._threads):
+        with self._computing():
             for stream, number, source, _, _ in rows:
                 request = self._requests.get(stream)
                 if request is None or request.over or request.runner is None:
@@ -533,4 +550,6 @@ class SpeculativeGenerator:
         self.stats.target_seconds += computed - began
         self.stats.decide_seconds += ended - computed
         self._take(0.0)
+        if self.stats.verifications % 32 == 1:
+            self._weigh()
         self._tell(("verified", batch, computed - began, verdicts))

@@ -57,19 +57,28 @@ class Proposal:
     Attributes:
         orders: int64 ``[m, count]``: guesses, the likeliest first; -1 where there are no more.
         tokens: ``[m]``, the token drafted in each row.
+        scores: float64 ``[m, count]``, how far ahead the guesses are (:mod:`.odds`); None where drafts must not be
+            chosen by what is drafted.
         laws: ids ``[m, support]`` and probabilities ``[m, support]`` it was drawn from; None where none is needed.
     """
 
     orders: NDArray[np.int64]
     tokens: list[int]
     laws: tuple[NDArray[Any], NDArray[Any]] | None
+    scores: NDArray[np.float64] | None = None
 
 
 Law = tuple[NDArray[Any], NDArray[Any]]
 
 
 class Rule(Protocol):
-    """How drafts are made and judged."""
+    """How drafts are made and judged.
+
+    Attributes:
+        free: whether what is emitted does not depend on the drafts at all, so that they may be chosen by anything.
+    """
+
+    free: bool
 
     def propose(self, logits: NDArray[Any], request: int, positions: Sequence[int], count: int) -> Proposal:
         """Draft one token for each row of the draft's logits ``[m, V]``, whose next tokens have these positions."""
@@ -101,19 +110,25 @@ def rule_of(settings: Settings, vocabulary: int) -> Rule:
 class Coupled:
     """Equal tokens are kept: both sides race over the same clocks."""
 
+    free = True
+
     def __init__(self, settings: Settings, vocabulary: int):
         self._races = Races(settings.seed, vocabulary)
         self._rules = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
         self._rank(np.zeros((1, vocabulary)), 0, [0], 1)  # checks the settings
 
-    def _rank(self, logits: NDArray[Any], request: int, positions: Sequence[int], count: int) -> NDArray[np.int64]:
+    def _rank(
+        self, logits: NDArray[Any], request: int, positions: Sequence[int], count: int, return_scores: bool = False
+    ) -> Any:
         requests = np.full(len(positions), request, np.int64)
-        return self._races.rank(logits, count=count, requests=requests, positions=positions, **self._rules)
+        return self._races.rank(
+            logits, count=count, requests=requests, positions=positions, return_scores=return_scores, **self._rules
+        )
 
     def propose(self, logits: NDArray[Any], request: int, positions: Sequence[int], count: int) -> Proposal:
         """Draft the winner of each row's race; the next in the race are the guesses."""
-        orders = self._rank(logits, request, positions, count)
-        return Proposal(orders, orders[:, 0].tolist(), None)
+        orders, scores = self._rank(logits, request, positions, count, return_scores=True)
+        return Proposal(orders, orders[:, 0].tolist(), None, scores)
 
     def decide(
         self, drafted: Sequence[int], laws: Sequence[Law] | None, logits: NDArray[Any], request: int, position: int
@@ -129,6 +144,8 @@ class Coupled:
 
 class Rejection:
     """Leviathan's and Chen's rule, with laws of few tokens."""
+
+    free = False
 
     def __init__(self, settings: Settings, vocabulary: int):
         self._settings = settings

@@ -28,12 +28,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import tilewise.hf
 from tilewise import _core
-from tilewise.hf.engine.guesser import Branch, Build, Guesser
+from tilewise.hf.engine.builds import Branch, Build, Worth
+from tilewise.hf.engine.guesser import Guesser
 from tilewise.hf.engine.link import Link, ready
+from tilewise.hf.engine.odds import Odds
 from tilewise.hf.engine.rules import Law, Rule, Settings, rule_of
 from tilewise.hf.runners import Runner, runners
 
-_EARLY = 0.75
+_EARLY = 0.6
+"""When the target is not expected yet: before this share of the usual time nothing is sent."""
 
 __all__ = ["Worker", "main", "pack_model", "unpack_model"]
 
@@ -86,11 +89,11 @@ class Worker:
         self._spent: dict[int, float] = {}
         self._begun: dict[int, float] = {}
         self._usual = float("inf")
-        self._early: dict[int, int] = {}
         self._asked: dict[int, float] = {}
         self._handles = 0
         self._published: dict[int, tuple[int, int, int]] = {}
         self._rule: Rule | None = None
+        self._odds, self._worth = Odds(), Worth()
         self._out: list[Any] = []
         self._arrays: list[NDArray[Any]] = []
 
@@ -131,10 +134,14 @@ class Worker:
         self._streams.clear()
         self._building.clear()
 
+    def _do_worth(self, verified: float, drafted: float, branch: float, hit: float) -> None:
+        worth = self._worth
+        worth.verified, worth.drafted, worth.branch, worth.hit = verified, drafted, branch, hit
+
     def _do_open(self, stream: int, request: int, most: int, tokens: list[int]) -> None:
         assert self._rule is not None
         began = time.perf_counter()
-        guesser = Guesser(self._start(), self._rule, request, most, self._context)
+        guesser = Guesser(self._start(), self._rule, request, most, self._context, self._odds, self._worth)
         guesser.open(tokens)
         self._drop(stream)
         self._streams[stream] = guesser
@@ -222,11 +229,10 @@ class Worker:
         if build.done:
             self._finish(stream, publish=True)
             return
-        # The target asks about as late after a build's command as it did before. Shortly before that, what there is
-        # goes out: the outcome then finds a short chain instead of none. Only the time decides.
+        # The target asks about as late after a build's command as it did before. As that time comes near, what there
+        # is goes out after every step: the outcome then finds a short chain instead of none. Only the time decides.
         elapsed = now - self._begun[stream]
-        if elapsed > _EARLY * self._usual and build.round != self._early.get(stream):
-            self._early[stream] = build.round
+        if elapsed > _EARLY * self._usual:
             self._publish(stream, build, elapsed)
         self._building.append(self._building.pop(0))
 
@@ -238,18 +244,19 @@ class Worker:
         elapsed = time.perf_counter() - self._begun.pop(stream)
         if publish:
             self._publish(stream, build, elapsed)
-        steps = max((len(branch.tokens) for branch in build.branches), default=0)
-        self._say("built", stream, build.round, self._spent.pop(stream), steps, len(build.branches), elapsed)
+        rows = round(build.fed / max(1, build.steps))
+        self._say("built", stream, build.round, self._spent.pop(stream), build.steps, rows, elapsed)
 
     def _publish(self, stream: int, build: Build, elapsed: float) -> None:
         """Sends what the branches have so far."""
         entries = []
         for branch in build.branches:
-            if branch.tokens:
+            if len(branch.tokens) > branch.sent or (branch.ended and branch.tokens and not branch.sent_end):
+                branch.sent, branch.sent_end = len(branch.tokens), branch.ended
                 handle = self._handle()
                 self._published[handle] = (stream, build.round, len(branch.tokens))
                 self._content(handle, branch.tokens, branch.laws)
-                entries.append((branch.accepted, branch.token, len(branch.tokens), handle))
+                entries.append((branch.accepted, branch.token, len(branch.tokens), handle, branch.ended))
         self._say("entries", stream, build.round, entries, elapsed)
 
     def _handle(self) -> int:

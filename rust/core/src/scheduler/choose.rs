@@ -68,6 +68,15 @@ impl Known<'_> {
         spread.into_iter().map(|guesses| guesses as u32).collect()
     }
 
+    /// How often outcomes after chains of this class are found: as guessed evenly, or where branches take turns (then no
+    /// budget says how many there will be) as they were found lately.
+    fn found(&self, rates: &[f64], class: Class, budget: u32) -> f64 {
+        match self.learner.hit_rate(class) {
+            Some(rate) if self.settings.ordered => rate,
+            _ => self.hit(rates, class, budget),
+        }
+    }
+
     /// P(the outcome is among `budget` guesses) after a chain with these rates.
     pub fn hit(&self, rates: &[f64], class: Class, budget: u32) -> f64 {
         let fan_out = self.fan_out(rates, class, budget, u64::MAX);
@@ -83,19 +92,22 @@ impl Known<'_> {
             return self.settings.draft_length;
         }
         let rates = self.learner.rates(None, Class::Fast, self.settings.draft_length);
-        let rate = |length: usize| {
-            expected(&rates[..length]) / self.latency.verify(self.rows * (length as f64 + 1.0), self.rows)
-        };
+        let rate = |length: usize| expected(&rates[..length]) / self.verify(Class::Fast, length as u32);
         (0..=rates.len()).max_by(|&a, &b| rate(a).total_cmp(&rate(b)).then(b.cmp(&a))).unwrap_or(0) as u32
+    }
+
+    /// Seconds to verify chains of which `length` tokens were asked for, in every row.
+    fn verify(&self, class: Class, length: u32) -> f64 {
+        self.latency.verify(self.rows * (self.learner.extent(class, 0, length) + 1.0), self.rows)
     }
 
     /// Tokens per second of all rows (and the critical batch size) with chains of `length` and builds of `budget`.
     pub fn rate(&self, length: u32, budget: u32, fast: u32) -> (f64, f64) {
         let depth = length.min(self.settings.depth);
-        let verify = self.latency.verify(self.rows * (f64::from(length) + 1.0), self.rows);
+        let verify = self.verify(Class::Model, length);
         let fast_rates = self.learner.rates(None, Class::Fast, fast);
         let fast_tokens = expected(&fast_rates);
-        let quick = self.latency.verify(self.rows * (f64::from(fast) + 1.0), self.rows);
+        let quick = self.verify(Class::Fast, fast);
         if length == 0 || self.per_worker == 0.0 {
             let plain = self.rows / self.latency.verify(self.rows, self.rows);
             let by_fast = self.rows * fast_tokens / quick;
@@ -104,17 +116,27 @@ impl Known<'_> {
         }
         let rates = self.learner.rates(None, Class::Model, depth);
         let tokens = expected(&rates);
-        let hit = if budget > 0 { self.hit(&rates, Class::Model, budget) } else { 0.0 };
-        let after_fast = if budget > 0 { self.hit(&fast_rates, Class::Fast, budget) } else { 0.0 };
-        let build =
-            if budget > 0 { self.latency.build(f64::from(depth), f64::from(budget) * self.per_worker) } else { 0.0 };
-        let slot = verify.max(build);
-        let wait = self.latency.fallback(f64::from(depth));
+        let hit = if budget > 0 { self.found(&rates, Class::Model, budget) } else { 0.0 };
+        let after_fast = if budget > 0 { self.found(&fast_rates, Class::Fast, budget) } else { 0.0 };
+        let extent = self.learner.extent(Class::Model, 0, depth);
+        let branches = f64::from(budget) * self.per_worker;
+        let build = if budget > 0 { self.latency.build(extent, branches) } else { 0.0 };
+        let wait = self.latency.fallback(extent);
         let all_hit = hit.powf(self.rows);
-        let neural = self.rows * tokens / (all_hit * slot + (1.0 - all_hit) * (verify + wait));
         let share = after_fast / (1.0 - hit + after_fast).max(1e-9); // hits in the long run, Markov
-        let fast_slot = (share * verify + (1.0 - share) * quick).max(build);
-        let by_fast = self.rows * (share * tokens + (1.0 - share) * fast_tokens) / fast_slot;
+        // Either a build that takes longer than a verification is waited for, or its branches are used as far as they are.
+        let whole = |slot: f64, ahead: f64| {
+            let neural = self.rows * (all_hit * ahead + (1.0 - all_hit) * tokens)
+                / (all_hit * slot.max(verify) + (1.0 - all_hit) * (verify + wait));
+            let fast_slot = (share * verify + (1.0 - share) * quick).max(slot);
+            (neural, self.rows * (share * ahead + (1.0 - share) * fast_tokens) / fast_slot)
+        };
+        let (mut neural, mut by_fast) = whole(build, tokens);
+        if build > verify {
+            let cut = self.latency.depth_within(verify, branches).min(f64::from(depth)) as u32;
+            let (cut_neural, cut_fast) = whole(0.0, expected(&rates[..cut as usize]));
+            (neural, by_fast) = (neural.max(cut_neural), by_fast.max(cut_fast));
+        }
         let critical = critical_batch(hit, tokens, tokens, fast_tokens, wait / verify);
         match self.settings.fallback {
             Fallback::Neural => (neural, critical),
@@ -144,17 +166,22 @@ impl Known<'_> {
             return scored(settings.draft_length, settings.budget);
         }
         let mut best = if explore { scored(1.min(settings.draft_length), 0) } else { scored(0, 0) };
-        for length in 1..=settings.draft_length {
+        let shortest = if settings.ordered { settings.draft_length } else { 1 };
+        for length in shortest..=settings.draft_length {
             if self.per_worker == 0.0 {
                 break;
             }
-            let depth = f64::from(length.min(settings.depth));
-            let verify = self.latency.verify(self.rows * (f64::from(length) + 1.0), self.rows);
+            let depth = self.learner.extent(Class::Model, 0, length.min(settings.depth));
+            let verify = self.verify(Class::Model, length);
             let most = (f64::from(settings.budget) * self.per_worker).ceil() as u32;
             // The build fits into one verification; smaller if it does not, and the whole budget in case lateness pays.
             let fits = f64::from(self.latency.branches_within(verify, depth, most)) / self.per_worker;
             let fits = (fits as u32).min(settings.budget);
             for budget in [0, fits, (fits + settings.budget) / 2, settings.budget] {
+                // Branches that take turns use time that would be idle.
+                if settings.ordered && budget != settings.budget {
+                    continue;
+                }
                 let plan = scored(length, budget);
                 if plan.rate > best.rate {
                     best = plan;
@@ -191,7 +218,7 @@ pub struct Group {
 
 impl Known<'_> {
     /// What one row's chain is worth: tokens of a round with it, with a fast one, and the hit rates that follow.
-    fn worth(&self, plan: &Plan) -> (f64, f64, f64, f64) {
+    fn promises(&self, plan: &Plan) -> (f64, f64, f64, f64) {
         let rates = self.learner.rates(None, Class::Model, plan.length.min(self.settings.depth));
         let fast = self.learner.rates(None, Class::Fast, plan.fast);
         let hit =
@@ -206,12 +233,13 @@ impl Known<'_> {
     /// process. There, a chain is worth what the best answer to a miss costs: all wait for a draft; or a fast chain now,
     /// and a next miss as probable as after one; or the row alone sits a verification out.
     pub fn values(&self, plan: &Plan, group: &Group) -> [f64; 3] {
-        let (tokens, fast, hit, after_fast) = self.worth(plan);
+        let (tokens, fast, hit, after_fast) = self.promises(plan);
         let rows = group.ready + group.missing;
-        let per_row = f64::from(plan.length) + 1.0;
+        let per_row = self.learner.extent(Class::Model, 0, plan.length) + 1.0;
+        let per_fast = self.learner.extent(Class::Fast, 0, plan.fast) + 1.0;
         let whole = self.latency.verify(rows * per_row, rows);
         let part = self.latency.verify(group.ready * per_row, group.ready);
-        let quick = self.latency.verify(group.ready * per_row + group.missing * (f64::from(plan.fast) + 1.0), rows);
+        let quick = self.latency.verify(group.ready * per_row + group.missing * per_fast, rows);
         let sits_out = plan.rate / rows * whole;
         let falls_back = (tokens - fast).max(0.0) / (1.0 - hit + after_fast).max(1e-9);
         let chain = (plan.rate * group.draft).min(falls_back).min(sits_out);
@@ -232,6 +260,46 @@ impl Known<'_> {
     pub fn worth_finishing(&self, plan: &Plan, have: u32, want: u32) -> bool {
         let rates = self.learner.rates(None, Class::Model, want);
         let gain = expected(&rates) - expected(&rates[..have.min(want) as usize]);
-        gain > plan.rate * self.latency.fallback(f64::from(want - have.min(want)))
+        gain > plan.rate * self.latency.fallback(self.learner.extent(Class::Model, have, want))
+    }
+
+    /// What decides whether a token is drafted and verified, at the present rate; before there is one, what it usually is.
+    pub fn worth(&self, plan: &Plan) -> Worth {
+        if plan.rate == 0.0 || !self.latency.is_known() {
+            return Worth::default();
+        }
+        let per_stream = plan.rate / self.rows;
+        let [_, token, _] = *self.latency.target.coefficients();
+        let [_, step] = *self.latency.chains.coefficients();
+        let [_, branch] = *self.latency.builds.coefficients();
+        let rates = self.learner.rates(None, Class::Model, plan.length.min(self.settings.depth));
+        let fast = self.learner.rates(None, Class::Fast, plan.fast);
+        let wait = per_stream * self.latency.fallback(self.learner.extent(Class::Model, 0, rates.len() as u32));
+        let instead = match self.settings.fallback {
+            Fallback::Neural => f64::INFINITY,
+            Fallback::Fast | Fallback::Adaptive => expected(&rates) - expected(&fast),
+        };
+        let of = |seconds: f64| (per_stream * seconds).clamp(0.01, 0.9);
+        let miss = if self.settings.fallback == Fallback::Fast { instead } else { wait.min(instead) };
+        Worth { verified: of(token), drafted: of(token + step), branch: of(branch), hit: 1.0 + miss.max(0.0) }
+    }
+}
+
+/// Probabilities and tokens that a draft weighs where it may choose by content.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Worth {
+    /// A token drafted ahead is worth verifying if all up to it are kept with this probability.
+    pub verified: f64,
+    /// A token is worth drafting while the target waits.
+    pub drafted: f64,
+    /// A token of a branch is worth its part of a step, where that is not idle time anyway.
+    pub branch: f64,
+    /// Tokens that the first token of a branch is worth: it, and what a miss costs.
+    pub hit: f64,
+}
+
+impl Default for Worth {
+    fn default() -> Self {
+        Self { verified: 0.1, drafted: 0.3, branch: 0.02, hit: 3.0 }
     }
 }

@@ -7,8 +7,9 @@
 //! link     from command to answer, without the worker's own seconds
 //! ```
 //! The coefficients are least-squares fits whose memory fades, so that they follow a machine that gets busy. None is
-//! negative. A build is no m chains: a step of many branches has work beside the model's that a step of one has not, so the
-//! two are fitted apart, and until there was a build it is taken for a chain. Where the data say nothing about a slope (all rounds were equally large) it is taken as zero.
+//! negative. A build is no m chains: a step of many branches has work beside the model's that a step of one has not, so
+//! the two are fitted apart, and until there was a build it is taken for a chain. Where the data say nothing about a
+//! slope (all rounds were equally large) it is taken as zero.
 
 /// A linear fit with fading memory: y is about the inner product of coefficients and x; x\[0\] is always used.
 #[derive(Debug, Clone)]
@@ -217,6 +218,13 @@ impl Latency {
     /// Seconds from the command until `branches` branches are drafted `depth` tokens ahead.
     pub fn build(&self, depth: f64, branches: f64) -> f64 {
         self.own(depth, branches) * self.stretch.get(1.0).max(1.0) + self.link.get(0.0)
+    }
+
+    /// How many tokens ahead `branches` branches are drafted within `seconds`.
+    pub fn depth_within(&self, seconds: f64, branches: f64) -> f64 {
+        let first = self.build(0.0, branches);
+        let step = self.build(1.0, branches) - first;
+        if step > 0.0 { ((seconds - first) / step).max(0.0) } else { f64::INFINITY }
     }
 
     /// The most branches whose build of `depth` tokens fits into `seconds`; 0 if none does.

@@ -91,6 +91,8 @@ pub fn expected(rates: &[f64]) -> f64 {
 #[derive(Debug, Clone)]
 pub struct Learner {
     acceptance: [Acceptance; 2],
+    /// Of each place of a chain: how often drafting went on to it, where that was asked for.
+    extents: [Acceptance; 2],
     /// By class, then: after a refusal, after a whole chain.
     curves: [[RankCurve; 2]; 2],
     /// Hits and lookups by class of the chain whose outcome was looked up.
@@ -105,6 +107,7 @@ impl Default for Learner {
     fn default() -> Self {
         Self {
             acceptance: from_fn(|_| Acceptance::new(256.0)),
+            extents: from_fn(|_| Acceptance::new(256.0)),
             curves: from_fn(|_| from_fn(|_| RankCurve::new(1.0))),
             lookups: [(0.0, 0.0); 2],
         }
@@ -120,6 +123,7 @@ impl Learner {
     /// A chain of `length` tokens of which `accepted` were kept; `ended`: by the draft, before it was as long as asked.
     pub fn observe(&mut self, own: &mut [Acceptance; 2], class: Class, length: u32, accepted: u32, ended: bool) {
         self.acceptance[class.index()].observe(length, accepted, ended);
+        self.extents[class.index()].observe(length, length, ended);
         own[class.index()].observe(length, accepted, ended);
     }
 
@@ -155,6 +159,17 @@ impl Learner {
                 own.map_or(before, |own| own[class.index()].rate(place, before, STREAM_WEIGHT))
             })
             .collect()
+    }
+
+    /// How many tokens a chain gets beyond its first `have` if `want` are asked for: drafts end some by themselves.
+    pub fn extent(&self, class: Class, have: u32, want: u32) -> f64 {
+        let mut goes_on = 1.0;
+        (have..want)
+            .map(|place| {
+                goes_on *= self.extents[class.index()].rate(place as usize, 1.0, GLOBAL_WEIGHT);
+                goes_on
+            })
+            .sum()
     }
 
     /// The rank curve of each place of a chain of this length.
@@ -203,6 +218,9 @@ mod tests {
         let rates = learner.rates(None, Class::Fast, 3);
         assert!((rates[0] - 0.5).abs() < 0.01 && rates[1] > 0.98 && rates[2] < 0.02, "{rates:?}");
         assert!((expected(&rates) - 2.0).abs() < 0.05);
+        assert!((learner.extent(Class::Fast, 0, 3) - 1.0).abs() < 0.05);
+        assert!((learner.extent(Class::Fast, 1, 3) - 1.0).abs() < 0.05);
+        assert!((learner.extent(Class::Model, 1, 3) - 2.0).abs() < 0.01);
     }
 
     #[test]

@@ -54,6 +54,9 @@ pub struct Settings {
     pub patience: Option<f64>,
     /// Whether chain length and budget are chosen from what is measured (otherwise they are as set).
     pub adaptive: bool,
+    /// Whether drafts end by themselves where more is not worth it, and branches grow in order of their probability as far
+    /// as time permits. Then chain length and budget bound them and are not chosen.
+    pub ordered: bool,
     /// Whether all streams are always verified together: nobody goes ahead while another waits for a draft.
     pub together: bool,
     /// Number of draft workers that may come.

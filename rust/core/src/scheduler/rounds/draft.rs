@@ -88,14 +88,15 @@ impl Rounds {
             return true;
         }
         // What fast chains give is only known from trying: often at first, seldom later.
-        let share = if self.learner.fast_tried() < 16.0 { 1.0 / 16.0 } else { 1.0 / 256.0 };
+        let share = if self.learner.fast_tried() < 8.0 { 1.0 / 4.0 } else { 1.0 / 128.0 };
         if uniform(self.settings.seed, first.wrapping_add(1), self.stats.batches, Purpose::Schedule) < share {
             return false;
         }
         let rows = self.rows();
         let ready = self.streams.values().filter(|stream| matches!(stream.state, State::Ready { .. })).count();
         let shorts = missing.len() - misses;
-        let wait = self.waits(self.plan.length.min(self.settings.depth)).0;
+        let extent = self.learner.extent(Class::Model, 0, self.plan.length.min(self.settings.depth));
+        let wait = self.latency.fallback(extent);
         let group = Group { ready: (ready + shorts) as f64, missing: misses as f64, wait, draft: wait };
         let [waiting, ahead, quickly] = self.known(rows).values(&self.plan, &group);
         waiting.max(ahead) >= quickly

@@ -17,7 +17,7 @@ mod target;
 #[cfg(test)]
 mod tests;
 
-use super::choose::{Known, Plan};
+use super::choose::{Known, Plan, Worth};
 use super::event::{BatchId, Command, Event, Handle, Reason, Row, StreamId, WorkerId};
 use super::handles::Ledger;
 use super::latency::Latency;
@@ -179,6 +179,11 @@ impl Rounds {
     /// What is chosen now.
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// What drafting a token is worth now.
+    pub fn worth(&self) -> Worth {
+        self.known(self.rows()).worth(&self.plan)
     }
 
     /// What was learnt about times.

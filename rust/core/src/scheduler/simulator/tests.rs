@@ -15,6 +15,7 @@ fn config(fallback: Fallback, acceptance: f64, hit: f64) -> Config {
             max_batch: 8,
             patience: None,
             adaptive: false,
+            ordered: false,
             together: false,
             workers: 1,
             vocabulary: 1000,

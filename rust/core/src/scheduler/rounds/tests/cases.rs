@@ -12,6 +12,7 @@ fn settings() -> Settings {
         max_batch: 4,
         patience: Some(1.0),
         adaptive: false,
+        ordered: false,
         together: false,
         workers: 1,
         vocabulary: 50,
