@@ -8,7 +8,9 @@ pytest.importorskip("transformers")
 import numpy as np  # noqa: E402
 
 from tilewise.hf.engine import rows as rows_module  # noqa: E402
+from tilewise.hf.engine.builds import OrderedBuild, Worth  # noqa: E402
 from tilewise.hf.engine.guesser import Guesser  # noqa: E402
+from tilewise.hf.engine.odds import Odds  # noqa: E402
 from tilewise.hf.engine.rows import CacheRows, LeanRows, ReplayRows, rows_of  # noqa: E402
 from tilewise.hf.engine.rules import Settings, rule_of  # noqa: E402
 from tilewise.hf.runners import runners  # noqa: E402
@@ -73,6 +75,11 @@ def test_dropped_branches_leave_no_trace(kind):
     np.testing.assert_allclose(got, logits_after(start, [*TRUNK, 50]), rtol=0, atol=1e-10)
 
 
+def guesser_of(start, rule, request=0, most=8, context=512, worth=None):
+    """A guesser for which, if nothing else is said, every token is worth drafting."""
+    return Guesser(start(), rule, request, most, context, Odds(), worth or Worth(0.0, 0.0, 0.0, 1.0))
+
+
 @pytest.mark.parametrize("rule", [Settings(), Settings(temperature=0.9, seed=4), Settings("rejection", 0.9, seed=4)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_P6_every_entry_is_what_drafting_from_its_outcome_gives(kind, rule):
@@ -80,13 +87,13 @@ def test_P6_every_entry_is_what_drafting_from_its_outcome_gives(kind, rule):
     made = rule_of(rule, 256)
 
     def fresh(tokens, count):
-        other, laws = Guesser(start(), made, 3, 8, 512), []
+        other, laws = guesser_of(start, made, 3, 3), []
         other.open(tokens)
         other.draft(count, laws)
         return other, laws
 
     with torch.inference_mode():
-        guesser = Guesser(start(), made, 3, 8, 512)
+        guesser = guesser_of(start, made, 3, 3)
         guesser.open(TRUNK)
         guesser.draft(3, [])
         for number in range(4):
@@ -94,7 +101,8 @@ def test_P6_every_entry_is_what_drafting_from_its_outcome_gives(kind, rule):
             while not guesser.build.done:
                 guesser.step()
             build, chain = guesser.build, guesser.chain
-            assert len(build.branches) == 2 * (len(chain) + 1)
+            # Evenly: two guesses each. In turns: all there are, which is one less where one was refused.
+            assert len(build.branches) == (2 * (len(chain) + 1) if rule.rule == "rejection" else 3 * len(chain) + 4)
             keys = [(branch.accepted, branch.token) for branch in build.branches]
             assert len(set(keys)) == len(keys)
             for branch in build.branches:
@@ -118,7 +126,7 @@ def test_outcomes_that_nobody_guessed_and_builds_cut_short(kind):
     start = start_of(kind)
     rule = rule_of(Settings(), 256)
     with torch.inference_mode():
-        guesser = Guesser(start(), rule, 0, 8, 512)
+        guesser = guesser_of(start, rule)
         guesser.open(TRUNK)
         for number, (steps, accepted, token) in enumerate([(0, 2, 201), (1, 0, 202), (2, 3, 203), (9, 1, 204)]):
             guesser.draft(3, [])
@@ -130,7 +138,7 @@ def test_outcomes_that_nobody_guessed_and_builds_cut_short(kind):
             before = guesser.tokens[:start_at]
             guesser.settle(start_at, news, None)
             assert guesser.tokens == before + news and not guesser.chain
-        other = Guesser(start(), rule, 0, 8, 512)
+        other = guesser_of(start, rule)
         other.open(guesser.tokens)
         other.draft(4, [])
         guesser.draft(4, [])
@@ -140,7 +148,7 @@ def test_outcomes_that_nobody_guessed_and_builds_cut_short(kind):
 def test_a_given_chain_and_its_guesses():
     start, rule = start_of("lean"), rule_of(Settings(), 256)
     with torch.inference_mode():
-        guesser = Guesser(start(), rule, 0, 8, 512)
+        guesser = guesser_of(start, rule)
         guesser.open(TRUNK)
         guesser.give([1, 2, 3])
         assert len(guesser.orders) == 4
@@ -156,7 +164,7 @@ def test_a_given_chain_and_its_guesses():
 def test_E17_no_draft_beyond_the_positions_the_model_knows():
     start, rule = start_of("lean"), rule_of(Settings(), 256)
     with torch.inference_mode():
-        guesser = Guesser(start(), rule, 0, 4, 10)
+        guesser = guesser_of(start, rule, most=4, context=10)
         guesser.open(TRUNK)
         guesser.draft(50, [])
         assert len(guesser.tokens) == 10
@@ -172,3 +180,88 @@ def test_kinds_follow_the_model(monkeypatch):
     assert type(rows_of(runner, [])) is CacheRows
     monkeypatch.setattr(rows_module.CacheRows, "computes", staticmethod(lambda _: False))
     assert type(rows_of(runner, [])) is ReplayRows
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_the_most_valuable_branches_grow(temperature):
+    """Every step against a search over all outcomes and branches; sharp odds, so that values differ."""
+    start, rule = start_of("lean"), rule_of(Settings(temperature=temperature, seed=2), 256)
+    worth = Worth(verified=0.05, drafted=0.0, branch=1e-4, hit=2.5)
+    with torch.inference_mode():
+        guesser = guesser_of(start, rule, most=5, worth=worth)
+        guesser._odds.beta = 4.0
+        guesser.open(TRUNK)
+        guesser.draft(4, [])
+        guesser.begin(0, [1, 1, 1, 0, 0], 6)
+        build = guesser.build
+        assert isinstance(build, OrderedBuild)
+        while not build.done:
+            values, reach = {}, 1.0
+            taken = {(branch.accepted, branch.token): branch for branch in build.branches}
+            for accepted in range(guesser.guessed):
+                tokens, odds, kept = guesser.odds_at(accepted)
+                for token, odd in zip(tokens, odds, strict=True):
+                    if (accepted, token) not in taken and reach * odd * worth.hit >= worth.branch:
+                        values[accepted, token] = reach * odd * worth.hit
+                reach *= kept
+            for key, branch in taken.items():
+                if branch.share >= worth.verified and len(branch.tokens) < 6 and branch.reach >= worth.branch:
+                    values[key] = branch.reach
+            before = {key: len(branch.tokens) for key, branch in taken.items()}
+            guesser.step()
+            grown = {
+                (branch.accepted, branch.token)
+                for branch in build.branches
+                if len(branch.tokens) > before.get((branch.accepted, branch.token), 0)
+            }
+            want = sorted(values, key=lambda key: -values[key])[:3]
+            assert grown == set(want), (values, grown)
+        assert max(len(branch.tokens) for branch in build.branches) > min(
+            len(branch.tokens) for branch in build.branches
+        )
+        for branch in build.branches:  # a branch that ended did so at the first token that was not worth it
+            shares = np.cumprod([guesser._odds.of(scores[None])[0, 0] for scores in branch.scores])
+            assert (shares[:-1] >= worth.verified).all()
+            assert branch.ended == (shares[-1] < worth.verified or len(branch.tokens) == 6)
+
+
+def test_a_chain_ends_where_it_is_not_worth_going_on():
+    start, rule = start_of("lean"), rule_of(Settings(), 256)
+    with torch.inference_mode():
+        guesser = guesser_of(start, rule, worth=Worth(drafted=0.1))
+        guesser._odds.beta = 4.0
+        guesser.open(TRUNK)
+        guesser.draft(50, [])
+        shares = np.cumprod([guesser._odds.of(scores[None])[0, 0] for scores in guesser.scores])
+        assert len(guesser.chain) == len(shares) and shares[-1] < 0.1 <= shares[:-1].min(initial=1.0)
+        # Under the rejection rule nothing that was drafted may say how long a chain is, or which branches grow.
+        other = guesser_of(start, rule_of(Settings("rejection", 1.0), 256), worth=Worth(0.9, 0.9, 0.9, 0.0))
+        other.open(TRUNK)
+        other.draft(6, [])
+        assert len(other.chain) == 6
+        other.begin(0, [1, 0, 2, 0, 0, 0, 1], 3)
+        while not other.build.done:
+            other.step()
+        found = [(branch.accepted, len(branch.tokens)) for branch in other.build.branches]
+        assert sorted(found) == [(0, 3), (2, 3), (2, 3), (6, 3)]
+
+
+def test_odds_are_learnt():
+    rng, odds, true = np.random.default_rng(0), Odds(), 1.7
+    for _ in range(400):
+        scores = -np.sort(-rng.normal(0, 2, (6, 9)), axis=1)
+        scores[0, 5:] = -np.inf  # a law of fewer tokens
+        weights = np.exp(true * (scores - scores[:, :1]))
+        weights /= weights.sum(axis=1, keepdims=True)
+        ranks = np.array([rng.choice(9, p=row) for row in weights])
+        ranks[5] = -1  # none of the guesses
+        odds.observe(scores, ranks)
+    assert abs(odds.beta / true - 1) < 0.05
+    np.testing.assert_allclose(odds.of(scores).sum(axis=1), 1.0)
+    odds.observe(scores[:0], ranks[:0])
+    for _ in range(2000):  # always wrong, or always right: bounded
+        odds.observe(np.array([[0.0, -3.0]]), np.array([1]))
+    assert 0.0 < odds.beta < 0.1
+    for _ in range(2000):
+        odds.observe(np.array([[0.0, -3.0]]), np.array([0]))
+    assert 1.0 < odds.beta <= 20.0
