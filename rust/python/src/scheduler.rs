@@ -341,7 +341,7 @@ impl Rounds {
         times.set_item("stretch", (latency.stretch.seen() > 0).then(|| latency.stretch.get(1.0)))?;
         out.set_item("times", times)?;
         let learnt = PyDict::new(py);
-        for (class, name) in [(Class::Model, "model"), (Class::Fast, "fast")] {
+        for (class, name) in [(Class::Model, "model"), (Class::Drafted, "drafted"), (Class::Fast, "fast")] {
             let about = PyDict::new(py);
             about.set_item("acceptance", learner.rates(None, class, core.settings().draft_length))?;
             about.set_item("hit_rate", learner.hit_rate(class))?;

@@ -71,10 +71,8 @@ impl Known<'_> {
     /// How often outcomes after chains of this class are found: as guessed evenly, or where branches take turns (then no
     /// budget says how many there will be) as they were found lately.
     fn found(&self, rates: &[f64], class: Class, budget: u32) -> f64 {
-        match self.learner.hit_rate(class) {
-            Some(rate) if self.settings.ordered => rate,
-            _ => self.hit(rates, class, budget),
-        }
+        let evenly = self.hit(rates, class, budget);
+        if self.settings.ordered { self.learner.hit_rate_or(class, evenly) } else { evenly }
     }
 
     /// P(the outcome is among `budget` guesses) after a chain with these rates.
@@ -116,17 +114,18 @@ impl Known<'_> {
         }
         let rates = self.learner.rates(None, Class::Model, depth);
         let tokens = expected(&rates);
+        let drafted = expected(&self.learner.rates(None, Class::Drafted, depth));
         let hit = if budget > 0 { self.found(&rates, Class::Model, budget) } else { 0.0 };
         let after_fast = if budget > 0 { self.found(&fast_rates, Class::Fast, budget) } else { 0.0 };
         let extent = self.learner.extent(Class::Model, 0, depth);
         let branches = f64::from(budget) * self.per_worker;
         let build = if budget > 0 { self.latency.build(extent, branches) } else { 0.0 };
-        let wait = self.latency.fallback(extent);
+        let wait = self.latency.fallback(self.learner.extent(Class::Drafted, 0, depth));
         let all_hit = hit.powf(self.rows);
         let share = after_fast / (1.0 - hit + after_fast).max(1e-9); // hits in the long run, Markov
         // Either a build that takes longer than a verification is waited for, or its branches are used as far as they are.
         let whole = |slot: f64, ahead: f64| {
-            let neural = self.rows * (all_hit * ahead + (1.0 - all_hit) * tokens)
+            let neural = self.rows * (all_hit * ahead + (1.0 - all_hit) * drafted)
                 / (all_hit * slot.max(verify) + (1.0 - all_hit) * (verify + wait));
             let fast_slot = (share * verify + (1.0 - share) * quick).max(slot);
             (neural, self.rows * (share * ahead + (1.0 - share) * fast_tokens) / fast_slot)
@@ -137,7 +136,7 @@ impl Known<'_> {
             let (cut_neural, cut_fast) = whole(0.0, expected(&rates[..cut as usize]));
             (neural, by_fast) = (neural.max(cut_neural), by_fast.max(cut_fast));
         }
-        let critical = critical_batch(hit, tokens, tokens, fast_tokens, wait / verify);
+        let critical = critical_batch(hit, tokens, drafted, fast_tokens, wait / verify);
         match self.settings.fallback {
             Fallback::Neural => (neural, critical),
             Fallback::Fast => (by_fast, critical),
@@ -162,7 +161,9 @@ impl Known<'_> {
         if !known {
             return Plan { length: settings.draft_length, budget: settings.budget, fast, rate: 0.0, critical: 0.0 };
         }
-        if !settings.adaptive {
+        // Branches that take turns use time that would be idle, and where they do not help there are fast chains.
+        let free = settings.ordered && self.per_worker > 0.0 && settings.fallback != Fallback::Neural;
+        if !settings.adaptive || free {
             return scored(settings.draft_length, settings.budget);
         }
         let mut best = if explore { scored(1.min(settings.draft_length), 0) } else { scored(0, 0) };
@@ -178,7 +179,6 @@ impl Known<'_> {
             let fits = f64::from(self.latency.branches_within(verify, depth, most)) / self.per_worker;
             let fits = (fits as u32).min(settings.budget);
             for budget in [0, fits, (fits + settings.budget) / 2, settings.budget] {
-                // Branches that take turns use time that would be idle.
                 if settings.ordered && budget != settings.budget {
                     continue;
                 }
@@ -217,13 +217,12 @@ pub struct Group {
 }
 
 impl Known<'_> {
-    /// What one row's chain is worth: tokens of a round with it, with a fast one, and the hit rates that follow.
-    fn promises(&self, plan: &Plan) -> (f64, f64, f64, f64) {
-        let rates = self.learner.rates(None, Class::Model, plan.length.min(self.settings.depth));
-        let fast = self.learner.rates(None, Class::Fast, plan.fast);
-        let hit =
-            |rates: &[f64], class| self.learner.hit_rate(class).unwrap_or_else(|| self.hit(rates, class, plan.budget));
-        (expected(&rates), expected(&fast), hit(&rates, Class::Model), hit(&fast, Class::Fast))
+    /// What one row's chain of a class is worth: tokens of a round with it, and how often the next is a hit.
+    fn promise(&self, plan: &Plan, class: Class) -> (f64, f64) {
+        let length = if class == Class::Fast { plan.fast } else { plan.length.min(self.settings.depth) };
+        let rates = self.learner.rates(None, class, length);
+        let hit = self.learner.hit_rate(class).unwrap_or_else(|| self.hit(&rates, class, plan.budget));
+        (expected(&rates), hit)
     }
 
     /// The value of waiting for the missing rows, of going ahead without them, and of fast chains for them.
@@ -233,7 +232,9 @@ impl Known<'_> {
     /// process. There, a chain is worth what the best answer to a miss costs: all wait for a draft; or a fast chain now,
     /// and a next miss as probable as after one; or the row alone sits a verification out.
     pub fn values(&self, plan: &Plan, group: &Group) -> [f64; 3] {
-        let (tokens, fast, hit, after_fast) = self.promises(plan);
+        let (tokens, hit) = self.promise(plan, Class::Model);
+        let (drafted, after_drafted) = self.promise(plan, Class::Drafted);
+        let (fast, after_fast) = self.promise(plan, Class::Fast);
         let rows = group.ready + group.missing;
         let per_row = self.learner.extent(Class::Model, 0, plan.length) + 1.0;
         let per_fast = self.learner.extent(Class::Fast, 0, plan.fast) + 1.0;
@@ -241,26 +242,25 @@ impl Known<'_> {
         let part = self.latency.verify(group.ready * per_row, group.ready);
         let quick = self.latency.verify(group.ready * per_row + group.missing * per_fast, rows);
         let sits_out = plan.rate / rows * whole;
-        let falls_back = (tokens - fast).max(0.0) / (1.0 - hit + after_fast).max(1e-9);
+        let falls_back = (drafted - fast).max(0.0) / (1.0 - hit + after_fast).max(1e-9);
         let chain = (plan.rate * group.draft).min(falls_back).min(sits_out);
         let in_time = if group.wait > part { part / group.wait } else { 1.0 };
-        let wait = rows * tokens + rows * hit * chain - plan.rate * (group.wait + whole);
+        let here = group.ready * tokens + group.ready * hit * chain;
+        let wait = here + group.missing * (drafted + after_drafted * chain) - plan.rate * (group.wait + whole);
         let ahead = if group.ready > 0.0 {
-            group.ready * tokens + (group.ready * hit + group.missing * in_time) * chain - plan.rate * part
+            here + group.missing * in_time * chain - plan.rate * part
         } else {
             f64::NEG_INFINITY
         };
-        let quickly =
-            group.ready * tokens + group.missing * fast + (group.ready * hit + group.missing * after_fast) * chain
-                - plan.rate * quick;
+        let quickly = here + group.missing * (fast + after_fast * chain) - plan.rate * quick;
         [wait, ahead, quickly]
     }
 
     /// Whether a branch of `have` tokens is worth finishing to `want` while `rows` rows wait for it.
     pub fn worth_finishing(&self, plan: &Plan, have: u32, want: u32) -> bool {
-        let rates = self.learner.rates(None, Class::Model, want);
+        let rates = self.learner.rates(None, Class::Drafted, want);
         let gain = expected(&rates) - expected(&rates[..have.min(want) as usize]);
-        gain > plan.rate * self.latency.fallback(self.learner.extent(Class::Model, have, want))
+        gain > plan.rate * self.latency.fallback(self.learner.extent(Class::Drafted, have, want))
     }
 
     /// What decides whether a token is drafted and verified, at the present rate; before there is one, what it usually is.
@@ -272,14 +272,15 @@ impl Known<'_> {
         let [_, token, _] = *self.latency.target.coefficients();
         let [_, step] = *self.latency.chains.coefficients();
         let [_, branch] = *self.latency.builds.coefficients();
-        let rates = self.learner.rates(None, Class::Model, plan.length.min(self.settings.depth));
+        let depth = plan.length.min(self.settings.depth);
+        let rates = self.learner.rates(None, Class::Drafted, depth);
         let fast = self.learner.rates(None, Class::Fast, plan.fast);
-        let wait = per_stream * self.latency.fallback(self.learner.extent(Class::Model, 0, rates.len() as u32));
+        let wait = per_stream * self.latency.fallback(self.learner.extent(Class::Drafted, 0, depth));
         let instead = match self.settings.fallback {
             Fallback::Neural => f64::INFINITY,
             Fallback::Fast | Fallback::Adaptive => expected(&rates) - expected(&fast),
         };
-        let of = |seconds: f64| (per_stream * seconds).clamp(0.01, 0.9);
+        let of = |seconds: f64| (per_stream * seconds).clamp(0.01, 0.5);
         let miss = if self.settings.fallback == Fallback::Fast { instead } else { wait.min(instead) };
         Worth { verified: of(token), drafted: of(token + step), branch: of(branch), hit: 1.0 + miss.max(0.0) }
     }

@@ -14,11 +14,17 @@ use std::array::from_fn;
 /// Which chains an estimate is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Class {
-    /// Drafted by the model, ahead or on demand.
+    /// Drafted by the model ahead: it was there when its outcome came.
     Model,
+    /// Drafted, or finished, by the model while the target waited. Misses and rare outcomes come where the text is hard to
+    /// guess, so these are accepted less, and waiting for one is worth less than a hit.
+    Drafted,
     /// The driver's fast draft, or none.
     Fast,
 }
+
+/// How many there are.
+pub const CLASSES: usize = 3;
 
 impl Class {
     fn index(self) -> usize {
@@ -90,18 +96,19 @@ pub fn expected(rates: &[f64]) -> f64 {
 /// All that is known about acceptance and guesses, over all streams.
 #[derive(Debug, Clone)]
 pub struct Learner {
-    acceptance: [Acceptance; 2],
+    acceptance: [Acceptance; CLASSES],
     /// Of each place of a chain: how often drafting went on to it, where that was asked for.
-    extents: [Acceptance; 2],
+    extents: [Acceptance; CLASSES],
     /// By class, then: after a refusal, after a whole chain.
-    curves: [[RankCurve; 2]; 2],
+    curves: [[RankCurve; 2]; CLASSES],
     /// Hits and lookups by class of the chain whose outcome was looked up.
-    lookups: [(f64, f64); 2],
+    lookups: [(f64, f64); CLASSES],
 }
 
 /// How much the prior weighs, in observations.
 const GLOBAL_WEIGHT: f64 = 2.0;
 const STREAM_WEIGHT: f64 = 16.0;
+const LOOKUP_WEIGHT: f64 = 8.0;
 
 impl Default for Learner {
     fn default() -> Self {
@@ -109,19 +116,19 @@ impl Default for Learner {
             acceptance: from_fn(|_| Acceptance::new(256.0)),
             extents: from_fn(|_| Acceptance::new(256.0)),
             curves: from_fn(|_| from_fn(|_| RankCurve::new(1.0))),
-            lookups: [(0.0, 0.0); 2],
+            lookups: [(0.0, 0.0); CLASSES],
         }
     }
 }
 
 impl Learner {
     /// A stream's own counts, to pass to [`Learner::observe`] and [`Learner::rates`].
-    pub fn stream() -> [Acceptance; 2] {
+    pub fn stream() -> [Acceptance; CLASSES] {
         from_fn(|_| Acceptance::new(64.0))
     }
 
     /// A chain of `length` tokens of which `accepted` were kept; `ended`: by the draft, before it was as long as asked.
-    pub fn observe(&mut self, own: &mut [Acceptance; 2], class: Class, length: u32, accepted: u32, ended: bool) {
+    pub fn observe(&mut self, own: &mut [Acceptance; CLASSES], class: Class, length: u32, accepted: u32, ended: bool) {
         self.acceptance[class.index()].observe(length, accepted, ended);
         self.extents[class.index()].observe(length, length, ended);
         own[class.index()].observe(length, accepted, ended);
@@ -145,14 +152,20 @@ impl Learner {
         (all > 0.0).then(|| hits / all)
     }
 
+    /// The same, from a guess on that weighs as much as a few lookups.
+    pub fn hit_rate_or(&self, class: Class, guess: f64) -> f64 {
+        let (hits, all) = self.lookups[class.index()];
+        (hits + LOOKUP_WEIGHT * guess) / (all + LOOKUP_WEIGHT)
+    }
+
     /// How much fast chains were tried, in recent observations.
     pub fn fast_tried(&self) -> f64 {
         self.acceptance[Class::Fast.index()].tried()
     }
 
     /// The acceptance rates of the places of a chain, over all streams or for one.
-    pub fn rates(&self, own: Option<&[Acceptance; 2]>, class: Class, length: u32) -> Vec<f64> {
-        let mut before = if class == Class::Model { 0.7 } else { 0.2 };
+    pub fn rates(&self, own: Option<&[Acceptance; CLASSES]>, class: Class, length: u32) -> Vec<f64> {
+        let mut before = if class == Class::Fast { 0.2 } else { 0.7 };
         (0..length as usize)
             .map(|place| {
                 before = self.acceptance[class.index()].rate(place, before, GLOBAL_WEIGHT);

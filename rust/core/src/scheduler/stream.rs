@@ -7,7 +7,7 @@
 //! ```
 
 use super::event::{BatchId, Handle, Source, StreamId, WorkerId};
-use super::learn::{Acceptance, Class, Learner};
+use super::learn::{Acceptance, CLASSES, Class, Learner};
 use super::stats::Cause;
 
 /// A chain that is ready to be verified.
@@ -29,7 +29,11 @@ impl Chain {
 
     /// The class of estimates it belongs to.
     pub fn class(&self) -> Class {
-        if self.source.is_model() { Class::Model } else { Class::Fast }
+        match self.source {
+            Source::Cached => Class::Model,
+            Source::Drafted => Class::Drafted,
+            Source::Fast | Source::Empty => Class::Fast,
+        }
     }
 }
 
@@ -110,7 +114,7 @@ pub struct Stream {
     /// The last outcomes, newest last.
     pub past: Vec<Past>,
     /// What is accepted of its chains.
-    pub acceptance: [Acceptance; 2],
+    pub acceptance: [Acceptance; CLASSES],
     /// Whether the last lookup hit; none before there was one.
     pub hit: Option<bool>,
     /// Length of the fast chain in verification, if the driver said it.

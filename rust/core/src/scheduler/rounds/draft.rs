@@ -10,6 +10,10 @@ use crate::scheduler::settings::Fallback;
 use crate::scheduler::stats::Cause;
 use crate::scheduler::stream::{Chain, State};
 
+/// Tokens by which waiting for a draft must be better than a fast chain, a row: what a draft gives is the less certain of
+/// the two, and who drafts for the target does not guess ahead.
+const SURELY: f64 = 0.5;
+
 impl Rounds {
     /// Streams that have their first token want their first chain.
     pub(super) fn start(&mut self, ids: &[StreamId]) {
@@ -95,11 +99,11 @@ impl Rounds {
         let rows = self.rows();
         let ready = self.streams.values().filter(|stream| matches!(stream.state, State::Ready { .. })).count();
         let shorts = missing.len() - misses;
-        let extent = self.learner.extent(Class::Model, 0, self.plan.length.min(self.settings.depth));
+        let extent = self.learner.extent(Class::Drafted, 0, self.plan.length.min(self.settings.depth));
         let wait = self.latency.fallback(extent);
         let group = Group { ready: (ready + shorts) as f64, missing: misses as f64, wait, draft: wait };
         let [waiting, ahead, quickly] = self.known(rows).values(&self.plan, &group);
-        waiting.max(ahead) >= quickly
+        waiting.max(ahead) >= quickly + SURELY * misses as f64
     }
 
     /// A chain without the draft model: fast, or none where nothing is to be drafted.
@@ -109,8 +113,7 @@ impl Rounds {
         let without = self.settings.workers == 0 || self.plan.length == 0;
         let plain = without && self.settings.fallback == Fallback::Neural;
         let length = if plain { 0 } else { stream.most().min(self.plan.fast) };
-        let chain =
-            if length == 0 { Chain::EMPTY } else { Chain { source: Source::Fast, handle: None, length, ended: false } };
+        let chain = if length == 0 { Chain::EMPTY } else { Chain { source: Source::Fast, length, ..Chain::EMPTY } };
         self.make_ready(id, chain);
     }
 

@@ -72,8 +72,12 @@ impl Rounds {
         let id = row.stream;
         let Some(stream) = self.streams.get_mut(&id) else { return };
         let cut = stream.fast.is_some_and(|fast| fast < row.length);
-        let ended = cut || matches!(stream.state, State::Verifying { chain, .. } if chain.ended);
-        let chain = Chain { source: row.source, handle: row.handle, length, ended };
+        let out = match stream.state {
+            State::Verifying { chain, .. } => chain,
+            _ => Chain { source: row.source, handle: row.handle, ..Chain::EMPTY }, // preempted meanwhile
+        };
+        let ended = cut || out.ended;
+        let chain = Chain { length, ended, ..out };
         stream.emitted += u64::from(verdict.emitted);
         self.stats.round(row.source, length, verdict.accepted, verdict.emitted);
         self.learner.observe(&mut stream.acceptance, chain.class(), length, verdict.accepted, ended);
@@ -232,7 +236,7 @@ impl Rounds {
         let patience = self.waits(self.plan.length).1;
         let Some(stream) = self.streams.get(&row.stream) else { return };
         let Some(worker) = stream.worker.filter(|_| stream.opened) else { return };
-        let chain = Chain { source: row.source, handle: row.handle, length: row.length, ended: false };
+        let State::Verifying { chain, .. } = stream.state else { return };
         // After the worst outcome one token is gone, and another follows every chain.
         let depth = u64::from(self.plan.length.min(self.settings.depth)).min(stream.remaining().saturating_sub(2));
         if depth == 0 || self.plan.budget == 0 {
