@@ -73,6 +73,20 @@ def test_P2_greedy_is_plain_greedy(pair, slow):
     assert slow.stats.tokens == 240 == sum(each.accepted + 1 for each in slow.stats.records) + len(PROMPTS)  # P4
 
 
+def test_E16_ties_go_to_the_lower_token_whoever_looks():
+    """Every token has a twin with the same logits: in every row at least two are the largest."""
+    model = random_draft(seed=8)
+    with torch.no_grad():
+        weight = model.get_output_embeddings().weight
+        weight[128:] = weight[:128]
+    want = list(SpeculativeDecoder(model).generate([3, 1, 4], 60))
+    assert max(want) < 128
+    with SpeculativeGenerator(model, model, draft_length=5, adaptive=False, fallback="neural") as generator:
+        assert generator.wait_until_ready()
+        assert generator.generate([[3, 1, 4]], 60)[0].tokens == want
+        assert sum(generator.stats.accepted.get("drafted", [])[1:]) + sum(generator.stats.accepted.get("cached", [])[1:])
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -332,6 +346,8 @@ def test_bad_input(pair, greedy):
         greedy.generate([[1]], 3, stop_strings=[""])
     with pytest.raises(ArgumentError, match="torchrun"):
         serve_draft(draft)
+    with pytest.raises(VocabularyError, match=r"255.*256"):  # E15: a draft on another machine says what it knows
+        greedy._heard(0, ["ready", 255], [])
     assert greedy.generate([], 3) == []
 
 

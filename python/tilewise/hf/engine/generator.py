@@ -374,6 +374,11 @@ class SpeculativeGenerator:
     def _heard(self, worker: int, event: list[Any], arrays: list[Any]) -> None:
         kind = event[0]
         if kind == "ready":
+            if event[1] != self._vocabulary:  # one of torchrun's, whose draft we have not seen
+                raise VocabularyError(
+                    f"draft {worker} knows {event[1]} tokens and the target {self._vocabulary}; call serve_draft with a "
+                    "draft that speaks the target's tokens"
+                )
             self._drafts.greet(worker, asdict(self.settings))
             self._worth = []
             self._tell(("worker_ready", worker))

@@ -99,7 +99,7 @@ class Worker:
 
     def run(self) -> None:
         """Serve until the target says so or is gone."""
-        self._link.send([["ready"]])
+        self._link.send([["ready", self._vocabulary]])
         with torch.inference_mode():
             while True:
                 if not self._building:
