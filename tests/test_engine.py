@@ -84,7 +84,9 @@ def test_E16_ties_go_to_the_lower_token_whoever_looks():
     with SpeculativeGenerator(model, model, draft_length=5, adaptive=False, fallback="neural") as generator:
         assert generator.wait_until_ready()
         assert generator.generate([[3, 1, 4]], 60)[0].tokens == want
-        assert sum(generator.stats.accepted.get("drafted", [])[1:]) + sum(generator.stats.accepted.get("cached", [])[1:])
+        assert sum(generator.stats.accepted.get("drafted", [])[1:]) + sum(
+            generator.stats.accepted.get("cached", [])[1:]
+        )
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,23 @@ def test_do_not_speculate_where_verification_grows_with_tokens() -> None:
     assert found.reason.startswith("do not speculate") and "30%" in found.reason
 
 
+def test_drafts_that_end_by_themselves_cost_less() -> None:
+    """Times by hand: a chain of 4 that gets 1 + 1 + 0.5 + 0.25 places costs as much as one of 2.75."""
+    base = GOOD | {"target_seconds": {"1": 0.05, "8": 0.12}, "draft_step_seconds": {"1": 0.01}}
+    whole, ending = plan(base, most=4), plan(base | {"reached": [1.0, 1.0, 0.5, 0.25]}, most=4)
+    assert plan(base | {"reached": [1.0]}, most=4) == whole
+    found = {each["mode"]: each for each in ending.alternatives}["speculative"]
+    rates = [(k + 0.5) / (n + 1) for k, n in zip(GOOD["accepted"], GOOD["tried"], strict=True)]
+    speeds = []
+    for length in range(1, 5):
+        tokens = 1 + sum(np.prod([*rates, rates[-1]][: place + 1]) for place in range(length))
+        extent = sum([1.0, 1.0, 0.5, 0.25][:length])
+        speeds.append(tokens / (0.05 + 0.01 * extent + extent * 0.01))
+    assert found["draft_length"] == 1 + int(np.argmax(speeds))
+    assert found["tokens_per_second"] == pytest.approx(max(speeds))
+    assert ending.tokens_per_second > whole.tokens_per_second
+
+
 def test_do_not_speculate_on_noise() -> None:
     """Two tries say nothing; the interval includes 1."""
     noisy = GOOD | {"accepted": [1], "tried": [3], "draft_step_seconds": {"1": [0.01, 0.03, 0.05]}}
@@ -86,6 +103,7 @@ def test_the_plan_agrees_with_the_simulator(batch: int) -> None:
         {"batch": 0},
         {"accepted": [5], "tried": [4]},
         {"accepted": [], "tried": []},
+        {"reached": [0.5, 0.6]},
         {"rank_curve": [0.9, 0.5]},
         {"rank_curve": []},
         {"target_seconds": {}},
@@ -188,6 +206,38 @@ def test_command_plan(tmp_path: Path) -> None:
     ):
         done = command(*bad)
         assert done.exit_code == 1 and "error" in done.output
+
+
+def test_command_plan_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    import tilewise.hf.engine as engine
+
+    asked: list[Any] = []
+
+    def measure(target: Any, draft: Any, prompts: Any, **options: Any) -> dict[str, Any]:
+        options.pop("watch")(1.0)
+        asked.append((target, draft, prompts, options))
+        return GOOD
+
+    monkeypatch.setattr(engine, "measure", measure)
+    texts, saved = tmp_path / "prompts.txt", tmp_path / "measured.json"
+    texts.write_text("one\n\ntwo\n\n\nthree")
+    done = command("plan", "--measure", "--prompts", str(texts), "--save", str(saved), "--json", "--temperature", "0.5")
+    assert done.exit_code == 0, done.output
+    assert json.loads(saved.read_text()) == GOOD and json.loads(done.stdout)["mode"] == "ssd"
+    [(target, draft, prompts, options)] = asked
+    assert target.config.vocab_size == draft.config.vocab_size and options == {"temperature": 0.5}
+    assert [bytes(prompt) for prompt in prompts] == [b"one\n\ntwo", b"three"]
+    texts.write_text("\n\n\n")
+    for bad in (
+        ["--measure", str(saved)],
+        ["--measure", "--prompts", str(texts)],
+        ["--measure", "--prompts", str(tmp_path / "none")],
+        ["--model", "here"],
+        [str(saved), "--save", str(tmp_path / "no" / "place")],
+    ):
+        done = command("plan", *bad)
+        assert done.exit_code == 1 and "error: " in done.output and "Traceback" not in done.output
 
 
 def test_pictures_refuse_nothing_to_draw() -> None:

@@ -373,6 +373,18 @@ def plan(
     glue: Annotated[float | None, typer.Option(min=0.0, help="Seconds of the draft's forward over a chain.")] = None,
     link: Annotated[float | None, typer.Option(min=0.0, help="Seconds of a request and its answer.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Rows verified together.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run a pair here and measure it; options above overrule what is found.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="With --measure: the target; the default pair if not given.")
+    ] = None,
+    draft_model: Annotated[str | None, typer.Option(help="With --measure: the target's draft.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="With --measure: a file of prompts, two empty lines between them.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="With --measure: of the sampling; 0 is greedy.")] = 0.0,
+    save: Annotated[Path | None, typer.Option(help="Write the measurements to this file, as JSON.")] = None,
     most: Annotated[int, typer.Option(min=1, help="Longest chain to consider.")] = 16,
     budget: Annotated[int, typer.Option(min=1, help="Most branches to consider.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
@@ -390,6 +402,12 @@ def plan(
             glue=glue,
             link=link,
             batch=batch,
+            measure=measure,
+            model=model,
+            draft_model=draft_model,
+            prompts=prompts,
+            temperature=temperature,
+            save=save,
             most=most,
             budget=budget,
             as_json=as_json,

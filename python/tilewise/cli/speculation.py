@@ -266,6 +266,12 @@ class PlanOptions:
     glue: float | None
     link: float | None
     batch: int | None
+    measure: bool
+    model: str | None
+    draft_model: str | None
+    prompts: Path | None
+    temperature: float
+    save: Path | None
     most: int
     budget: int
     as_json: bool
@@ -278,6 +284,14 @@ def run_plan(options: PlanOptions) -> int:
         ArgumentError: a file that is no JSON object, or numbers that are missing or cannot be.
     """
     data: dict[str, Any] = {}
+    if options.measure:
+        from tilewise.cli.measure import measured
+
+        if options.measurements is not None:
+            raise ArgumentError("a file of measurements or --measure, not both")
+        data = measured(options.model, options.draft_model, options.prompts, options.temperature, options.as_json)
+    elif options.model is not None or options.draft_model is not None or options.prompts is not None:
+        raise ArgumentError("--model, --draft-model and --prompts say what is measured: add --measure")
     if options.measurements is not None:
         try:
             data = json.loads(options.measurements.read_text())
@@ -303,6 +317,11 @@ def run_plan(options: PlanOptions) -> int:
     for name, value in (("glue_seconds", options.glue), ("link_seconds", options.link), ("batch", options.batch)):
         if value is not None:
             data[name] = value
+    if options.save is not None:
+        try:
+            options.save.write_text(json.dumps(data))
+        except OSError as error:
+            raise ArgumentError(f"--save: cannot write {str(options.save)!r}: {error}") from error
     found = plan(Measurements.of(data), most=options.most, budget=options.budget)
     if options.as_json:
         print(json.dumps(asdict(found)))

@@ -10,6 +10,8 @@ seconds; a list of numbers is a list of repeated measurements, from which the in
      "glue_seconds": [0.005],                                          the draft's forward over a chain
      "link_seconds": [0.0002],                                         a request and its answer, beside the work
      "accepted": [810, 640, 500], "tried": [1000, 810, 640],           drafted tokens by place in the chain
+     "reached": [1.0, 0.9, 0.7],                                       share of chains that get so far, where drafts end
+                                                                       them by themselves; may be left out: 1
      "rank_curve": [0.5, 0.62, 0.7],                                   P(the follow-up is among the F best guesses)
      "fast_accepted": [90], "fast_tried": [1000],                      of a fast draft (n-grams); may be left out
      "rank_curve_after_fast": [0.45, 0.6, 0.68],                       may be left out: rank_curve
@@ -50,6 +52,7 @@ class Measurements:
     glue_seconds: Samples = 0.0
     link_seconds: Samples = 0.0
     batch: int = 1
+    reached: Sequence[float] = ()
     fast_accepted: Sequence[float] = ()
     fast_tried: Sequence[float] = ()
     rank_curve_after_fast: Sequence[float] | None = None
@@ -188,7 +191,7 @@ def plan(measurements: Measurements | Mapping[str, Any], *, most: int = 16, budg
         over_speculative_interval=_interval(serials),
         hit_rate=point.hit(length, count) if ssd else None,
         tokens_per_round=formulas.expected_tokens(rates, length) if length else 1.0,
-        build_over_verify=point.build(length, count) / point.verify(length + 1) if ssd else None,
+        build_over_verify=point.build(length, count) / point.verify(point.extent(length) + 1) if ssd else None,
         critical_batch=point.critical(length, count) if ssd else None,
         reason=reason,
         alternatives=[
@@ -212,7 +215,7 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
 
 def _reason(point: _Sample, mode: str, length: int, serial: int, count: int) -> str:
     if mode == "ssd":
-        hidden = point.build(length, count) / point.verify(length + 1)
+        hidden = point.build(length, count) / point.verify(point.extent(length) + 1)
         hits = point.hit(length, count)
         return f"drafting ahead takes {hidden:.2f} of a verification and hits {hits:.0%} of the outcomes"
     if mode == "speculative":
@@ -254,6 +257,7 @@ class _Sample:
         if not len(self.acceptance):
             raise ArgumentError("accepted: expected counts for at least the first place of a chain, got none")
         self.curve = _curve("rank_curve", given.rank_curve)
+        self.reached = _falling("reached", given.reached)
         after = given.rank_curve_after_fast
         self.curve_after_fast = self.curve if after is None else _curve("rank_curve_after_fast", after)
         self._memory: dict[tuple[Any, ...], Any] = {}
@@ -287,23 +291,48 @@ class _Sample:
             self._memory[key] = float(np.dot(law, curve[self.fan_out(length, count)]))
         return self._memory[key]
 
+    def extent(self, length: int) -> float:
+        """Tokens that a chain gets to of which `length` are asked for."""
+        return float(self.reached[np.minimum(np.arange(length), len(self.reached) - 1)].sum())
+
     def build(self, length: int, count: int) -> float:
-        return self.glue + length * self.draft(count * self.batch) + self.link
+        return self.glue + self.extent(length) * self.draft(count * self.batch) + self.link
 
     def serial(self, length: int) -> float:
         """Tokens per second of a row where the target waits for each draft; plain at 0."""
         if length == 0:
             return 1.0 / self.alone(1)
-        time = self.alone(length + 1) + length * self.alone_draft(self.batch) + self.link
+        extent = self.extent(length)
+        time = self.alone(extent + 1) + extent * self.alone_draft(self.batch)
         return formulas.expected_tokens(self.rates(length), length) / time
 
     def ahead(self, length: int, count: int, fallback: str) -> float:
         """Tokens per second of a row with drafts made ahead."""
-        verify, tokens = self.verify(length + 1), formulas.expected_tokens(self.rates(length), length)
+        verify, tokens = self.verify(self.extent(length) + 1), formulas.expected_tokens(self.rates(length), length)
         hit, build = self.hit(length, count), self.build(length, count) / verify
+        # A build that takes longer than the verification is waited for, or used as far as it is.
+        speeds = [self._ahead(length, count, fallback, verify, tokens, tokens, hit, build)]
+        if build > 1.0:
+            steps = (verify - self.glue - self.link) / self.draft(count * self.batch)
+            cut = formulas.expected_tokens(self.rates(length), max(0, min(length, int(steps))))
+            speeds.append(self._ahead(length, count, fallback, verify, cut, tokens, hit, 0.0))
+        return max(speeds)
+
+    def _ahead(
+        self,
+        length: int,
+        count: int,
+        fallback: str,
+        verify: float,
+        on_hit: float,
+        drafted: float,
+        hit: float,
+        build: float,
+    ) -> float:
+        tokens = on_hit
         if fallback == "neural":
-            backup = (length * self.draft(self.batch) + self.link) / verify
-            return float(formulas.batch_speed(self.batch, hit, tokens, tokens, build, backup)) / verify
+            backup = (self.extent(length) * self.draft(self.batch) + self.link) / verify
+            return float(formulas.batch_speed(self.batch, hit, tokens, drafted, build, backup)) / verify
         fast = min(length, len(self.fast)) if self.fast[0] > 0 else 0
         on_miss = formulas.expected_tokens(self.fast, fast) if fast else 1.0
         curve = np.concatenate([[0.0], self.curve_after_fast])
@@ -316,7 +345,7 @@ class _Sample:
     def critical(self, length: int, count: int) -> float:
         tokens = formulas.expected_tokens(self.rates(length), length)
         fast = formulas.expected_tokens(self.fast, len(self.fast)) if self.fast[0] > 0 else 1.0
-        time = (length * self.draft(self.batch) + self.link) / self.verify(length + 1)
+        time = (self.extent(length) * self.draft(self.batch) + self.link) / self.verify(self.extent(length) + 1)
         return formulas.critical_batch(self.hit(length, count), tokens, tokens, fast, time)
 
 
@@ -378,4 +407,11 @@ def _curve(name: str, curve: Sequence[float]) -> np.ndarray:
     values = np.asarray(curve, np.float64)
     if values.ndim != 1 or not values.size or not np.all((values >= 0) & (values <= 1)) or np.any(np.diff(values) < 0):
         raise ArgumentError(f"{name}: expected probabilities that do not fall, of 1, 2, ... guesses, got {curve!r}")
+    return values
+
+
+def _falling(name: str, shares: Sequence[float]) -> np.ndarray:
+    values = np.asarray(shares if len(shares) else [1.0], np.float64)
+    if values.ndim != 1 or not np.all((values >= 0) & (values <= 1)) or np.any(np.diff(values) > 0):
+        raise ArgumentError(f"{name}: expected shares in [0, 1] that do not rise, of places 1, 2, ..., got {shares!r}")
     return values

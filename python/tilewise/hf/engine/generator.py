@@ -158,11 +158,12 @@ class SpeculativeGenerator:
         self.stats = EngineStats()
         self._requests: dict[int, Request] = {}
         self._contents: dict[int, tuple[list[int], list[Any] | None]] = {}
+        self._whole: set[int] = set()  # contents that the draft ended by itself
         self._prefills: deque[int] = deque()
         self._verifications: deque[tuple[int, list[Any]]] = deque()
         self._known: dict[tuple[int, int], int] = {}
         self._building: dict[tuple[int, int, int], float] = {}
-        self._asked: dict[tuple[int, int, int], float] = {}
+        self._asked: dict[tuple[int, int, int], tuple[float, int]] = {}
         self._told = 0.0
         self._worth: list[float] = []
         self._next_stream = 0
@@ -368,6 +369,7 @@ class SpeculativeGenerator:
         ended: dict[tuple[int, int, int], float],
     ) -> None:
         for key, entries in latest.items():
+            self._whole.update(entry[3] for entry in entries.values() if entry[4])
             self._tell(("entries", *key, [tuple(entry) for entry in entries.values()]), ended[key])
         latest.clear()
 
@@ -376,8 +378,8 @@ class SpeculativeGenerator:
         if kind == "ready":
             if event[1] != self._vocabulary:  # one of torchrun's, whose draft we have not seen
                 raise VocabularyError(
-                    f"draft {worker} knows {event[1]} tokens and the target {self._vocabulary}; call serve_draft with a "
-                    "draft that speaks the target's tokens"
+                    f"draft {worker} knows {event[1]} tokens and the target {self._vocabulary}; call serve_draft with "
+                    "one that speaks the target's tokens"
                 )
             self._drafts.greet(worker, asdict(self.settings))
             self._worth = []
@@ -397,8 +399,11 @@ class SpeculativeGenerator:
             self.stats.builds.append(BuildRecord(event[5], event[4], event[3]))
             self._tell((kind, worker, *event[1:-1]), self._ended(worker, event))
         elif kind == "drafted":
-            _, stream, number, length, _, seconds, held = event
-            waited = time.perf_counter() - self._asked.pop((worker, stream, number), time.perf_counter())
+            _, stream, number, length, handle, seconds, held = event
+            began, wanted = self._asked.pop((worker, stream, number), (time.perf_counter(), 0))
+            waited = time.perf_counter() - began
+            if length < wanted:
+                self._whole.add(handle)
             self.stats.drafts.append(DraftRecord(length - held, seconds, waited))
             self._tell((kind, worker, *event[1:]))
         else:
@@ -442,6 +447,9 @@ class SpeculativeGenerator:
             if source in ("cached", "drafted"):
                 tokens, laws = self._contents.pop(handle)
                 request.chains[number] = (tokens[:length], None if laws is None else laws[:length])
+                if handle in self._whole and length == len(tokens):
+                    request.ended.add(number)
+                self._whole.discard(handle)
             elif source == "fast" and request.lookup is not None:
                 # It reads what was committed only when it is asked: most rounds have better drafts.
                 request.lookup.extend(request.tokens[len(request.lookup) :])
@@ -469,7 +477,7 @@ class SpeculativeGenerator:
         self._drafts.send(worker, "build", stream, number, *self._news(worker, stream), given, fan_out, depth)
 
     def _do_draft(self, worker: int, stream: int, number: int, accepted: int, token: int, length: int) -> None:
-        self._asked[worker, stream, number] = time.perf_counter()
+        self._asked[worker, stream, number] = time.perf_counter(), length
         self._drafts.send(worker, "draft", stream, number, *self._news(worker, stream), length)
 
     def _do_outcome(self, worker: int, stream: int, number: int, accepted: int, token: int, handle: int) -> None:
@@ -485,6 +493,7 @@ class SpeculativeGenerator:
     def _do_discard(self, handles: list[int]) -> None:
         for handle in handles:
             self._contents.pop(handle, None)
+            self._whole.discard(handle)
 
     def _do_finish(self, stream: int, reason: str) -> None:
         request = self._requests[stream]
@@ -546,9 +555,11 @@ class SpeculativeGenerator:
             request.runner.truncate(known + accepted)
             emitted, stopped = self._emit(request, [*chain[:accepted], token])
             verdicts.append((request.stream, accepted, token, emitted, stopped))
+            ended = number in request.ended
+            request.ended.discard(number)
             self.stats.count(
                 RoundRecord(computed - (self._origin or began), request.stream, number, source, len(chain), accepted,
-                            computed - began)
+                            computed - began, ended)
             )  # fmt: skip
         ended = time.perf_counter()
         self.stats.verifications += 1

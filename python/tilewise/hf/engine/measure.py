@@ -57,7 +57,7 @@ def measure(
         ['accepted', 'batch', 'draft_step_seconds']
     """
     verify, steps, glue = defaultdict(list), defaultdict(list), []
-    accepted, tried = [0] * 64, [0] * 64
+    accepted, tried, asked, reached = ([0] * 64 for _ in range(4))
     curve = np.zeros(16)
     ranked = 0.0
     links: list[float] = []
@@ -72,9 +72,11 @@ def measure(
             stats = generator.stats
         for record in stats.records:
             verify[record.length + 1].append(record.seconds)
-            for place in range(record.length):
+            for place in range(record.length + record.ended):  # where a draft ended a chain nothing can be accepted
                 tried[place] += record.accepted >= place
                 accepted[place] += record.accepted > place
+                asked[place] += 1
+                reached[place] += place < record.length
         for built in stats.builds:
             if built.steps:
                 steps[built.branches].append(built.seconds / (built.steps + 1))
@@ -104,6 +106,7 @@ def measure(
         "link_seconds": _thin(links) if links else [0.0],
         "accepted": accepted[:places],
         "tried": tried[:places],
+        "reached": [float(share) for share in np.cumprod(np.array(reached[:places]) / np.maximum(asked[:places], 1))],
         "rank_curve": [float(value) for value in np.maximum.accumulate(np.clip(curve / max(1.0, ranked), 0.0, 1.0))],
     }
 

@@ -64,6 +64,8 @@ class Request:
     """Prompt and committed tokens."""
     chains: dict[int, tuple[list[int], list[object] | None]] = field(default_factory=dict)
     """Chains of rounds in verification: tokens and laws."""
+    ended: set[int] = field(default_factory=set)
+    """Of those, the rounds whose chains the draft ended by itself."""
     unread: list[int] = field(default_factory=list)
     started: bool = False
 

@@ -21,6 +21,7 @@ class RoundRecord:
         length: tokens of the chain.
         accepted: of them, accepted.
         seconds: of the verification.
+        ended: whether the draft ended the chain by itself, before it was as long as asked.
     """
 
     time: float
@@ -30,6 +31,7 @@ class RoundRecord:
     length: int
     accepted: int
     seconds: float
+    ended: bool = False
 
 
 @dataclass(frozen=True)
