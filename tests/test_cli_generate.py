@@ -223,16 +223,16 @@ def test_compare_ssd_prints_a_column_each_and_expects_nothing_of_samples(pair):
 
 
 def test_compare_fails_if_the_tokens_of_ssd_differ(pair, monkeypatch):
-    """A target that believes every draft is caught, and named; speculative decoding beside it is not."""
+    """A target that errs is caught, and named; speculative decoding beside it is not."""
     from tilewise.hf.engine.rules import Coupled
 
     honest = Coupled.decide
 
-    def credulous(self, drafted, *arguments):
-        _, token = honest(self, drafted, *arguments)
-        return len(drafted), token
+    def erring(self, drafted, *arguments):
+        accepted, token = honest(self, drafted, *arguments)
+        return accepted, token ^ 1
 
-    monkeypatch.setattr(Coupled, "decide", credulous)
+    monkeypatch.setattr(Coupled, "decide", erring)
     result = call("generate", "def f(", *pair, *AHEAD, "--compare")
     assert result.exit_code == 1, result.output
     report = " ".join(result.stdout.split())
