@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tilewise.errors import ArgumentError, MissingExtraError, ShapeError
+from tilewise._figure import axes as _axes
+from tilewise.errors import ArgumentError, ShapeError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,18 +35,6 @@ _ELEMENTS = 2**22
 _BEFORE, _AFTER, _LINE = "#9aa5b1", "#1f77b4", "#b03a2e"
 #: Tile heights that kernels have: a CPU's block of rows, up to a GPU's.
 _TILES = (4, 8, 16, 32, 64, 128, 256)
-
-
-def _axes(ax: Axes | None, width: float = 7.0, height: float = 3.6) -> Axes:
-    if ax is not None:
-        return ax
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(
-            f"tilewise.plot needs matplotlib ({error}); install it with: pip install 'tilewise[viz]'"
-        ) from error
-    return Figure(figsize=(width, height), layout="constrained").subplots()
 
 
 def _counts(load: Any, name: str, num_experts: int | None) -> np.ndarray:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tilewise._figure import axes as _axes
 from tilewise.errors import ArgumentError, ShapeError
-from tilewise.plot import _axes
 from tilewise.scheduler.confidence import trace_confidence
 
 if TYPE_CHECKING:

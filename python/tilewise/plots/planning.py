@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tilewise.errors import ArgumentError, MissingExtraError
+from tilewise._figure import axes as _axes
+from tilewise.errors import ArgumentError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,18 +24,6 @@ _FIXED, _DYNAMIC, _PUBLISHED = "#9aa5b1", "#1f77b4", "#b03a2e"
 _FATES = {"kept": "#1f77b4", "completed": "#d9822b", "cancelled": "#c8d0d8", "running": "#ffffff"}
 _LABELS = {"kept": "in the plan", "completed": "answered, not used", "cancelled": "cancelled", "running": "running"}
 _ROLES = ("target", "approximate", "tool", "predictor")
-
-
-def _axes(ax: Axes | None, width: float, height: float) -> Axes:
-    if ax is not None:
-        return ax
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(
-            f"tilewise.plots needs matplotlib ({error}); install it with: pip install 'tilewise[viz]'"
-        ) from error
-    return Figure(figsize=(width, height), layout="constrained").subplots()
 
 
 def pareto(study: Mapping[str, Any], *, published: bool = False, ax: Axes | None = None) -> Axes:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tilewise.errors import ArgumentError, MissingExtraError
+from tilewise._figure import axes as _axes
+from tilewise.errors import ArgumentError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,18 +30,6 @@ _MODES = {
 _SOURCES = {"cached": "#1f77b4", "drafted": "#d9822b", "fast": "#7b9e5a", "none": "#c8d0d8"}
 _LABELS = {"cached": "drafted ahead (hit)", "drafted": "drafted on a miss", "fast": "fast draft", "none": "plain step"}
 _AXES = {"batch": "streams verified together", "temperature": "temperature", "fan-out": "branches of a build"}
-
-
-def _axes(ax: Axes | None, width: float = 7.0, height: float = 3.8) -> Axes:
-    if ax is not None:
-        return ax
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(
-            f"tilewise.plots needs matplotlib ({error}); install it with: pip install 'tilewise[viz]'"
-        ) from error
-    return Figure(figsize=(width, height), layout="constrained").subplots()
 
 
 def sweep(found: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
