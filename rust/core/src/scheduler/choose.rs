@@ -125,7 +125,7 @@ impl Known<'_> {
         let share = after_fast / (1.0 - hit + after_fast).max(1e-9); // hits in the long run, Markov
         // Either a build that takes longer than a verification is waited for, or its branches are used as far as they are.
         let whole = |slot: f64, ahead: f64| {
-            let neural = self.rows * (all_hit * ahead + (1.0 - all_hit) * drafted)
+            let neural = self.rows * (hit * ahead + (1.0 - hit) * drafted)
                 / (all_hit * slot.max(verify) + (1.0 - all_hit) * (verify + wait));
             let fast_slot = (share * verify + (1.0 - share) * quick).max(slot);
             (neural, self.rows * (share * ahead + (1.0 - share) * fast_tokens) / fast_slot)
