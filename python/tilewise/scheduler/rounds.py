@@ -153,8 +153,11 @@ class Rounds:
         ``"histogram"[k]`` counts rounds with k accepted tokens; ``"lookups"`` and ``"hits"`` go by what the lookup
         before was; ``"wait_seconds"`` is the target's idle time by cause (``"idle"``: nothing was wanted, ``"start"``,
         ``"miss"``, ``"late"``); ``"discarded"`` counts drafted tokens that were never verified. Seconds, and tokens per
-        second. ``"times"``: target seconds are t0 + t1 tokens + t2 rows, those of a
-        chain of s tokens c0 + c1 s (``"draft"``), of a build d0 (1 + s) + d1 s branches.
+        second. ``"times"``: target seconds are t0 + t1 tokens + t2 rows, those of a chain of s tokens c0 + c1 s
+        (``"draft"``), of a build d0 (1 + s) + d1 s branches. ``"learnt"`` is by chains: drafted ahead (``"model"``),
+        waited for (``"drafted"``), ``"fast"``. ``"worth"``: what a draft that may choose by content needs to know: the
+        probabilities from which on a token is worth verifying (``"verified"``), drafting while the target waits
+        (``"drafted"``), and its part of a step of many (``"branch"``); and the tokens a ``"hit"`` is worth.
         """
         return self._core.stats()
 
