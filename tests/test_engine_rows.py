@@ -1,5 +1,7 @@
 """Branches of a draft: many in one step are what one after the other would be (P17), and what the trunk becomes."""
 
+from dataclasses import asdict
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -13,6 +15,7 @@ from tilewise.hf.engine.guesser import Guesser  # noqa: E402
 from tilewise.hf.engine.odds import Odds  # noqa: E402
 from tilewise.hf.engine.rows import CacheRows, LeanRows, ReplayRows, rows_of  # noqa: E402
 from tilewise.hf.engine.rules import Settings, rule_of  # noqa: E402
+from tilewise.hf.engine.worker import Worker  # noqa: E402
 from tilewise.hf.runners import runners  # noqa: E402
 from tilewise.hf.testing import random_draft, random_target  # noqa: E402
 
@@ -265,3 +268,36 @@ def test_odds_are_learnt():
     for _ in range(2000):
         odds.observe(np.array([[0.0, -3.0]]), np.array([0]))
     assert 1.0 < odds.beta <= 20.0
+
+
+@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+def test_a_worker_says_which_chains_ended_by_themselves(rule):
+    """As deep as asked is no end: the scheduler would take it for a refusal and never ask for more."""
+
+    class Recorder:
+        def __init__(self):
+            self.events = []
+
+        def send(self, commands, arrays=()):
+            self.events += commands
+
+    link = Recorder()
+    worker = Worker(random_draft(dtype=torch.float64), link, 5)
+    with torch.inference_mode():
+        worker._do_settings(asdict(Settings(rule, 0.0 if rule == "coupled" else 1.0)))
+        worker._do_worth(0.2, 0.0, 0.001, 3.0)
+        worker._odds.beta = 4.0
+        worker._do_open(0, 0, 8, TRUNK)
+        worker._do_draft(0, 0, len(TRUNK), [50], 3)
+        worker._do_build(0, 1, len(TRUNK) + 1, [], None, [2, 1, 1, 2], 4)
+        while worker._building:
+            worker._advance(0)
+        worker._flush()
+    contents = {event[1]: event[2] for event in link.events if event[0] == "content"}
+    [entries] = [event[3] for event in link.events if event[0] == "entries"]
+    assert len(entries) >= 6 and all(handle % 1024 == 5 and len(contents[handle]) == n for *_, n, handle, _ in entries)
+    ended = {ended: [length for _, _, length, _, its in entries if its is ended] for ended in (True, False)}
+    if rule == "coupled":
+        assert ended[True] and max(ended[True]) < 4
+    else:
+        assert not ended[True] and set(ended[False]) == {4}

@@ -85,6 +85,7 @@ class Build(Protocol):
 
     round: int
     rows: Rows
+    depth: int
     branches: list[Branch]
     steps: int
     fed: int

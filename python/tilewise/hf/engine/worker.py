@@ -251,12 +251,14 @@ class Worker:
         """Sends what the branches have so far."""
         entries = []
         for branch in build.branches:
-            if len(branch.tokens) > branch.sent or (branch.ended and branch.tokens and not branch.sent_end):
-                branch.sent, branch.sent_end = len(branch.tokens), branch.ended
+            # As deep as asked is no end: had more been asked for, there might be more.
+            ended = branch.ended and len(branch.tokens) < build.depth
+            if len(branch.tokens) > branch.sent or (ended and branch.tokens and not branch.sent_end):
+                branch.sent, branch.sent_end = len(branch.tokens), ended
                 handle = self._handle()
                 self._published[handle] = (stream, build.round, len(branch.tokens))
                 self._content(handle, branch.tokens, branch.laws)
-                entries.append((branch.accepted, branch.token, len(branch.tokens), handle, branch.ended))
+                entries.append((branch.accepted, branch.token, len(branch.tokens), handle, ended))
         self._say("entries", stream, build.round, entries, elapsed)
 
     def _handle(self) -> int:
