@@ -27,13 +27,15 @@ def test_proposals_are_what_the_definition_says(
 ) -> None:
     draft, text = kind(*lengths), []
     for tokens, back in steps:
+        behind = draft.guess(count, after=tokens)
         draft.extend(tokens)
+        assert behind == draft.guess(count)
         text += tokens
         length = max(len(text) - back, 0)
         draft.truncate(length)
         text = text[:length]
         assert len(draft) == len(text)
-        tokens, matched = draft.guess(count)
+        tokens, matched, _ = draft.guess(count)
         expected = meaning(text, *lengths, count)
         assert (tokens, matched) == expected if tokens else expected[0] == []
 
@@ -66,7 +68,7 @@ def test_a_mixture_speaks_for_the_source_that_is_right() -> None:
         def truncate(self, length: int) -> None:
             self.length = min(self.length, length)
 
-        def guess(self, count: int) -> Any:
+        def guess(self, count: int, after: Any = ()) -> Any:
             from tilewise.speculation import Proposal
 
             return Proposal([self.token] * count, 1)
@@ -83,7 +85,13 @@ def test_a_mixture_speaks_for_the_source_that_is_right() -> None:
     mixture.extend([2, 2, 2])
     assert mixture.propose(3) == [2, 2, 2]
     assert mixture.acceptance(0, 1) == pytest.approx(1 / 3, abs=0.01)
-    assert mixture.acceptance(1, 1) == pytest.approx(4 / 5, abs=0.01)
+    for matched in (1, 2, 3):  # each token of a proposal stands behind one more that matched
+        assert mixture.acceptance(1, matched) == pytest.approx(2 / 3, abs=0.01)
+    assert mixture.acceptance(0, 2) == mixture.acceptance(1, 4) == 0.5  # never tested
+    assert mixture.guess(2).expected == pytest.approx(2 / 3 + 4 / 9, abs=0.01)
+    assert MixtureDraft([Always(1), Always(2)], learnt=mixture).guess(3).tokens == [2, 2, 2]
+    assert mixture.guess(3, least=0.4).tokens == [2, 2]
+    assert mixture.guess(3, least=0.7).tokens == []
     for _ in range(100):
         mixture.extend([1, 1, 1])
         mixture.propose(3)

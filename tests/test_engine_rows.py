@@ -289,7 +289,7 @@ def test_a_worker_says_which_chains_ended_by_themselves(rule):
         worker._odds.beta = 4.0
         worker._do_open(0, 0, 8, TRUNK)
         worker._do_draft(0, 0, len(TRUNK), [50], 3)
-        worker._do_build(0, 1, len(TRUNK) + 1, [], None, [2, 1, 1, 2], 4)
+        worker._do_build(0, 1, len(TRUNK) + 1, [], None, [], [2, 1, 1, 2], 4)
         while worker._building:
             worker._advance(0)
         worker._flush()

@@ -140,7 +140,7 @@ class Enumeration:
         if event[0] == "later":  # work of a device that ends now: its draws happen here
             return list(self.draw(world, now, event))
         if event[0] == "verified":
-            for stream, accepted, token, _, _ in event[3]:
+            for stream, accepted, token, *_ in event[3]:
                 kept = tuple(drafted for drafted, _ in world.chains[stream][:accepted])
                 world.texts[stream] += (*kept, token)
         worlds = [world]
@@ -184,7 +184,11 @@ class Enumeration:
         for combination in itertools.product(*results):
             weight = float(np.prod([w for w, _, _ in combination]))
             after = world.fork(weight)
-            verdicts = [(row[0], k, token, k + 1, False) for row, (_, k, token) in zip(rows, combination, strict=True)]
+            # What the driver expects of its own draft depends on the text, and what is chosen then on that.
+            verdicts = [
+                (row[0], k, token, k + 1, False, [None, 0.0, 2.5][token % 3])
+                for row, (_, k, token) in zip(rows, combination, strict=True)
+            ]
             after.later(now + 10, ("verified", batch, 10.0, verdicts))
             yield after
 
@@ -255,7 +259,7 @@ class Enumeration:
     @staticmethod
     def coming(world: World, stream: int) -> tuple[int, int]:
         verdicts = next(event[3] for _, _, event in world.agenda if event[0] == "verified")
-        return next((k, token) for row, k, token, _, _ in verdicts if row == stream)
+        return next((k, token) for row, k, token, *_ in verdicts if row == stream)
 
 
 def distance(found: dict[Any, float], expected: dict[Any, float]) -> float:

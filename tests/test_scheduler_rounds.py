@@ -72,7 +72,7 @@ class Driver:
                 if source == "cached":
                     assert self.last[stream] == (of, accepted, token)
             accepted = (number * 7 + stream) % (length + 1)
-            verdicts.append((stream, accepted, (number + stream) % 5, accepted + 1, False))
+            verdicts.append((stream, accepted, (number + stream) % 5, accepted + 1, False, [None, 0.5, 4.0][number % 3]))
         self.target.append(("verified", batch, 0.01, verdicts))
 
     def build(

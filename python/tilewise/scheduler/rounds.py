@@ -15,8 +15,9 @@ Events (tuples; times in seconds)::
     ("join", stream, limit)              ("abort", stream)    ("preempt", stream)    ("resume", stream)
     ("prefilled", stream, finished)      the target has read the prompt and emitted one token (counts toward limit)
     ("opened", worker, stream)           the worker has the stream's context
-    ("fast", stream, round, length)      how long the driver's own draft came out, before "verified"
-    ("verified", batch, seconds, [(stream, accepted, token, emitted, finished), ...])
+    ("fast", stream, round, length)      how long the chain came out, before "verified": the driver's own, or one of the
+                                         model's with the driver's own tokens behind it
+    ("verified", batch, seconds, [(stream, accepted, token, emitted, finished, fast), ...])
     ("entries", worker, stream, round, [(accepted, token, length, handle, ended), ...])   longer ones replace shorter
     ("built", worker, stream, round, seconds, steps, branches)                        that build is over
     ("drafted", worker, stream, round, length, handle, seconds, held)                 the answer to "draft"
@@ -89,7 +90,7 @@ class Rounds:
         [('prefill', 7)]
         >>> rounds.handle(0.1, ("prefilled", 7, False))
         [('verify', 1, [(7, 1, 'fast', -1, 1)])]
-        >>> rounds.handle(0.2, ("verified", 1, 0.1, [(7, 1, 4, 2, False)]))
+        >>> rounds.handle(0.2, ("verified", 1, 0.1, [(7, 1, 4, 2, False, None)]))
         [('finish', 7, 'limit')]
     """
 

@@ -29,10 +29,12 @@ class Proposal(NamedTuple):
     Attributes:
         tokens: the next tokens; empty: nothing was found.
         matched: how many of the last tokens were matched to find the first of them.
+        expected: how many of the tokens will be right, as far as the draft can tell; None if it cannot.
     """
 
     tokens: list[int]
     matched: int
+    expected: float | None = None
 
 
 class Draft(Protocol):
@@ -50,8 +52,8 @@ class Draft(Protocol):
         """At most `count` next tokens."""
         ...
 
-    def guess(self, count: int) -> Proposal:
-        """The same, with how much of the text was matched."""
+    def guess(self, count: int, after: Sequence[int] = ()) -> Proposal:
+        """The same, with how much of the text was matched; as if `after` had been committed."""
         ...
 
     def __len__(self) -> int: ...
@@ -87,12 +89,16 @@ class _Indexed:
         """
         return self.guess(count).tokens
 
-    def guess(self, count: int) -> Proposal:
-        """As :meth:`propose`, with how many of the last tokens were matched."""
+    def guess(self, count: int, after: Sequence[int] = ()) -> Proposal:
+        """As :meth:`propose`, with how many of the last tokens were matched; as if `after` had been committed.
+
+        Raises:
+            DtypeError, ArgumentError: as in :meth:`propose` and :meth:`extend`.
+        """
         count = _integer("count", count)
         if count > _MOST:
             raise ArgumentError(f"count: expected an integer in [0, {_MOST}], got {count}")
-        tokens, matched = self._index.propose(count)
+        tokens, matched = self._index.propose(count, _tokens(after) if after else [])
         return Proposal(tokens, matched)
 
     def __len__(self) -> int:
@@ -147,7 +153,7 @@ class SuffixDraft(_Indexed):
         >>> draft = SuffixDraft()
         >>> draft.extend([1, 2, 3, 1, 2, 4, 1, 2, 4, 1, 2])
         >>> draft.guess(3)
-        Proposal(tokens=[4, 1, 2], matched=5)
+        Proposal(tokens=[4, 1, 2], matched=5, expected=None)
     """
 
     def __init__(self, longest: int = 16, shortest: int = 1) -> None:
@@ -159,17 +165,19 @@ class MixtureDraft:
 
     ``"priority"``: the first that has anything to say. ``"score"``: the one from which most accepted tokens are
     expected, learnt by holding what every source proposed against what came. For a source and a matched length (those
-    from 8 on count as one) the share a of right tokens among those that were tested is kept, and n proposed tokens are
-    worth ``a + a^2 + ... + a^n``. Ties go to the earlier source. The choice depends on the committed text alone, so
-    proposals stay point masses.
+    from 16 on count as one) the share of right tokens among those that were tested is kept; the i-th of a proposal's
+    tokens stands behind i - 1 more that matched, so n tokens are worth ``a[m] + a[m] a[m+1] + ... + a[m] .. a[m+n-1]``.
+    Ties go to the earlier source. The choice depends on the committed text alone, so proposals stay point masses.
 
     Args:
         sources: drafts with one text, in order of priority; the mixture extends and truncates them.
         by: ``"score"`` or ``"priority"``.
         memory: a test's weight falls to 1/e after this many more of its kind.
+        learnt: a mixture of as many sources of the same kinds, of another text: both learn together from now on.
 
     Raises:
-        ArgumentError: no sources, or sources of different lengths; another `by`.
+        ArgumentError: no sources, or sources of different lengths; another `by`; another number of sources than
+            `learnt` has.
 
     Example:
         >>> from tilewise.speculation import MixtureDraft, NGramDraft, SuffixDraft
@@ -182,9 +190,16 @@ class MixtureDraft:
         0.6
     """
 
-    _LONGEST = 8
+    _LONGEST = 16
 
-    def __init__(self, sources: Sequence[Draft], *, by: str = "score", memory: float = 256.0) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Draft],
+        *,
+        by: str = "score",
+        memory: float = 256.0,
+        learnt: MixtureDraft | None = None,
+    ) -> None:
         self._sources = list(sources)
         if not self._sources:
             raise ArgumentError("sources: expected at least one draft, got none")
@@ -198,8 +213,13 @@ class MixtureDraft:
         self._by = by
         self._decay = float(np.exp(-1.0 / memory))
         # Right tokens and tested ones, by source and matched length; one of two is where nothing was seen.
-        self._right = np.ones((len(self._sources), self._LONGEST + 1))
-        self._tested = np.full((len(self._sources), self._LONGEST + 1), 2.0)
+        self._counts = [[[1.0, 2.0] for _ in range(self._LONGEST + 1)] for _ in self._sources]
+        if learnt is not None:
+            if len(learnt._sources) != len(self._sources):
+                raise ArgumentError(
+                    f"learnt: expected a mixture of {len(self._sources)} sources, got one of {len(learnt._sources)}"
+                )
+            self._counts = learnt._counts
         self._open: list[Proposal] | None = None
 
     def extend(self, tokens: Iterable[int]) -> None:
@@ -213,13 +233,13 @@ class MixtureDraft:
             draft.extend(tokens)
 
     def _learn(self, source: int, proposal: Proposal, tokens: list[int]) -> None:
-        pairs = list(zip(proposal.tokens, tokens))
-        if not pairs:
-            return
-        right = next((i for i, (guess, token) in enumerate(pairs) if guess != token), len(pairs))
-        place = source, min(proposal.matched, self._LONGEST)
-        self._right[place] = self._right[place] * self._decay + right
-        self._tested[place] = self._tested[place] * self._decay + min(right + 1, len(pairs))
+        counts = self._counts[source]
+        for place, (guess, token) in enumerate(zip(proposal.tokens, tokens)):
+            count = counts[min(proposal.matched + place, self._LONGEST)]
+            count[0] = count[0] * self._decay + (guess == token)
+            count[1] = count[1] * self._decay + 1.0
+            if guess != token:
+                break
 
     def truncate(self, length: int) -> None:
         """Takes back all tokens but the first `length`. What was learnt stays."""
@@ -228,30 +248,51 @@ class MixtureDraft:
             draft.truncate(length)
 
     def acceptance(self, source: int, matched: int) -> float:
-        """The share of right tokens that is assumed of a source's proposals after `matched` matched tokens."""
-        place = source, min(matched, self._LONGEST)
-        return float(self._right[place] / self._tested[place])
+        """The share of right tokens that is assumed of a source's tokens behind `matched` matched ones."""
+        right, tested = self._counts[source][min(matched, self._LONGEST)]
+        return right / tested
 
     def propose(self, count: int) -> list[int]:
         """At most `count` next tokens, of the source that is chosen."""
         return self.guess(count).tokens
 
-    def guess(self, count: int) -> Proposal:
-        """As :meth:`propose`, with how much of the text that source matched."""
-        self._open = [draft.guess(count) for draft in self._sources]
-        if self._by == "priority":
-            return next((proposal for proposal in self._open if proposal.tokens), self._open[0])
-        return max(enumerate(self._open), key=lambda item: (self._worth(*item), -item[0]))[1]
+    def guess(self, count: int, after: Sequence[int] = (), least: float = 0.0) -> Proposal:
+        """As :meth:`propose`, with how much of the text that source matched, and what is expected of it.
 
-    def _worth(self, source: int, proposal: Proposal) -> float:
-        share = self.acceptance(source, proposal.matched)
-        return float(sum(share**i for i in range(1, len(proposal.tokens) + 1)))
+        Args:
+            count: most tokens.
+            after: as if these had been committed. Nothing is learnt from what is proposed then.
+            least: the proposal ends where the chance that all of it is right falls below this.
+
+        Raises:
+            DtypeError, ArgumentError: as in :meth:`propose` and :meth:`extend`.
+        """
+        guesses = [draft.guess(count, after) if after else draft.guess(count) for draft in self._sources]
+        if not after:
+            self._open = guesses
+        weighed = [self._weigh(source, guess, least) for source, guess in enumerate(guesses)]
+        if self._by == "priority":
+            return next((guess for guess in weighed if guess.tokens), weighed[0])
+        return max(weighed, key=lambda guess: guess.expected)  # of equal ones the first
+
+    def _weigh(self, source: int, guess: Proposal, least: float) -> Proposal:
+        """How many tokens will be right; those that will hardly be are left out."""
+        counts, reached, expected = self._counts[source], 1.0, 0.0
+        for place in range(len(guess.tokens)):
+            right, tested = counts[min(guess.matched + place, self._LONGEST)]
+            reached *= right / tested
+            if reached < least:
+                return Proposal(guess.tokens[:place], guess.matched, expected)
+            expected += reached
+        return guess._replace(expected=expected)
 
     def __len__(self) -> int:
         return len(self._sources[0])
 
 
 def _tokens(tokens: Iterable[int]) -> list[int]:
+    if type(tokens) is list and set(map(type, tokens)) == {int} and 0 <= min(tokens) and max(tokens) < 2**32:
+        return tokens  # the usual case, without a detour over an array
     array = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens))
     if array.ndim != 1:
         raise ArgumentError(f"tokens: expected a list of token ids, got shape {array.shape}")

@@ -100,13 +100,14 @@ fn event_of(event: &Bound<'_, PyAny>) -> PyResult<Event> {
             Event::Verified {
                 batch: f.get()?,
                 seconds: f.get()?,
-                rows: f.list("(stream, accepted, token, emitted, finished)", |f| {
+                rows: f.list("(stream, accepted, token, emitted, finished, fast)", |f| {
                     Ok(Verdict {
                         stream: f.get()?,
                         accepted: f.get()?,
                         token: f.get()?,
                         emitted: f.get()?,
                         finished: f.get()?,
+                        fast: f.get()?,
                     })
                 })?,
             }

@@ -38,9 +38,9 @@ macro_rules! index {
                 self.0.truncate(length);
             }
 
-            /// Tokens, and how many of the last ones were matched.
-            fn propose(&self, count: usize) -> (Vec<u32>, usize) {
-                let proposal = self.0.propose(count);
+            /// Tokens that may follow the text and `after`, and how many of the last ones were matched.
+            fn propose(&mut self, count: usize, after: Vec<u32>) -> (Vec<u32>, usize) {
+                let proposal = self.0.propose_after(&after, count);
                 (proposal.tokens, proposal.matched)
             }
 

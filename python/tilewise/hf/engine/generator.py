@@ -123,7 +123,8 @@ class SpeculativeGenerator(Loop):
         self.target = target
         settings = Settings(rule, temperature, top_k, top_p, seed, support, saguaro, fan_out)
         made = rule_of(settings, vocabulary)
-        self._tokenizer, self._lookup = tokenizer, lookup
+        self._tokenizer, self._lookup, self._longest = tokenizer, lookup, draft_length
+        self._lookups: MixtureDraft | None = None  # what all of them learnt
         if workers == "torchrun":
             rank, size = torchrun_rank()
             if rank != 0:
@@ -266,7 +267,9 @@ class SpeculativeGenerator(Loop):
                 each.result.reason = "limit"
                 continue
             if self._lookup:
-                each.lookup = MixtureDraft([NGramDraft(), SuffixDraft()])
+                each.lookup = MixtureDraft([NGramDraft(), SuffixDraft()], learnt=self._lookups)
+                each.longest = self._longest
+                self._lookups = each.lookup
             self._requests[each.stream] = each
             self._tell(("join", each.stream, wanted))
         return made

@@ -77,12 +77,12 @@ class Guesser:
         """How many tokens can be drafted behind a sequence of `length`."""
         return max(0, self._context - length)
 
-    def draft(self, count: int, laws: list[Law]) -> list[int]:
-        """Make the chain `count` tokens long, with the draft's own; returns the new ones, their laws are appended.
+    def draft(self, count: int, laws: list[Law]) -> float:
+        """Make the chain `count` tokens long, with the draft's own; the laws of new ones are appended. Returns the chance
+        that all of it is kept, where that can be told (otherwise 1).
 
         Where drafts may be chosen by what is drafted, it ends once a token more is not worth its time.
         """
-        made: list[int] = []
         self._unfeed()
         share = 1.0
         for order, scores, token in zip(self.orders, self.scores, self.chain, strict=False):
@@ -96,11 +96,10 @@ class Guesser:
             proposal = self._propose(logits, [len(self.tokens)])
             self._remember(proposal, 0)
             share *= self._probability(self.orders[-1], self.scores[-1], proposal.tokens[0])
-            made.append(proposal.tokens[0])
             if proposal.laws is not None:
                 laws.append((proposal.laws[0][0], proposal.laws[1][0]))
             self.tokens.append(proposal.tokens[0])
-        return made
+        return share
 
     def give(self, chain: Sequence[int]) -> None:
         """The target verifies these tokens, which the draft has not made."""
@@ -113,6 +112,15 @@ class Guesser:
         proposal = self._propose(logits, list(positions))
         self.orders, self.scores = [], []
         for row in range(keep, len(positions)):
+            self._remember(proposal, row)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """The target verifies these tokens too, behind the chain."""
+        self.tokens += tokens
+        fed = self._runner.length
+        logits = self._runner.feed(self.tokens[fed:])
+        proposal = self._propose(logits, range(fed + 1, len(self.tokens) + 1))
+        for row in range(len(self.tokens) - fed):
             self._remember(proposal, row)
 
     def _unfeed(self) -> None:

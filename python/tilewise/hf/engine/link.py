@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -61,6 +62,12 @@ class Link:
     def __init__(self, connection: Connection):
         self.connection = connection
         self.lost = False
+        # Connection.poll makes a selector each time, and both sides ask between any two steps.
+        self._poll: Callable[[], Any] = connection.poll
+        if hasattr(select, "poll"):
+            poll = select.poll()
+            poll.register(connection.fileno(), select.POLLIN)
+            self._poll = lambda: poll.poll(0)
         if sys.platform != "win32":  # a peer that hangs must not hang us
             with socket.socket(fileno=os.dup(connection.fileno())) as view:
                 view.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _STUCK, 0))
@@ -81,7 +88,7 @@ class Link:
         if self.lost:
             return None
         try:
-            return unpack(self.connection.recv_bytes()) if self.connection.poll() else None
+            return unpack(self.connection.recv_bytes()) if self._poll() else None
         except (EOFError, OSError):
             self.lost = True
             return None

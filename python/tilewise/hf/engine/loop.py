@@ -22,8 +22,9 @@ import torch
 
 from tilewise import _core
 from tilewise.errors import VocabularyError
+from tilewise.hf.engine.builds import Worth
 from tilewise.hf.engine.drafts import Drafts
-from tilewise.hf.engine.requests import Request
+from tilewise.hf.engine.requests import Chain, Request
 from tilewise.hf.engine.rules import Rule, Settings
 from tilewise.hf.engine.stats import BuildRecord, DraftRecord, EngineStats, RoundRecord
 from tilewise.hf.generate import as_rows, computing
@@ -63,7 +64,7 @@ class Loop:
         self._machine, self._drafts = machine, drafts
         self.stats = EngineStats()
         self._requests: dict[int, Request] = {}
-        self._contents: dict[int, tuple[list[int], list[Any] | None]] = {}
+        self._contents: dict[int, tuple[list[int], list[Any] | None, float]] = {}
         self._whole: set[int] = set()  # contents that the draft ended by itself
         self._prefills: deque[int] = deque()
         self._verifications: deque[tuple[int, list[Any]]] = deque()
@@ -155,9 +156,9 @@ class Loop:
             self.stats.lost_workers += 1
             self._tell(("worker_lost", worker))
         elif kind == "content":
-            _, handle, tokens, index = event
+            _, handle, tokens, index, share = event
             laws = None if index < 0 else list(zip(arrays[index], arrays[index + 1], strict=True))
-            self._contents[handle] = (tokens, laws)
+            self._contents[handle] = (tokens, laws, share)
         elif kind == "opened":
             self._tell(("opened", worker, event[1]))
         elif kind == "rank":
@@ -196,6 +197,11 @@ class Loop:
             for worker in self._drafts.processes:
                 self._drafts.send(worker, "worth", *worth)
 
+    @property
+    def _least(self) -> float:
+        """The chance of being kept from which on a token is worth verifying."""
+        return self._worth[0] if self._worth else Worth().verified
+
     def _news(self, worker: int, stream: int) -> tuple[int, list[int]]:
         """What was committed since the worker was last told: from where on, and the tokens."""
         tokens = self._requests[stream].tokens
@@ -212,19 +218,23 @@ class Loop:
         for stream, number, source, handle, length in rows:
             request = self._requests[stream]
             if source in ("cached", "drafted"):
-                tokens, laws = self._contents.pop(handle)
-                request.chains[number] = (tokens[:length], None if laws is None else laws[:length])
+                tokens, laws, share = self._contents.pop(handle)
+                chain = tokens[:length]
+                if self._rule.free and length == len(tokens) and (behind := request.look_up_behind(chain, share, self._least)):
+                    chain = chain + behind
+                    self._tell(("fast", stream, number, len(chain)))
+                request.chains[number] = Chain(chain, None if laws is None else laws[:length], length)
                 if handle in self._whole and length == len(tokens):
                     request.ended.add(number)
                 self._whole.discard(handle)
             elif source == "fast" and request.lookup is not None:
-                # It reads what was committed only when it is asked: most rounds have better drafts.
-                request.lookup.extend(request.tokens[len(request.lookup) :])
-                chain = request.lookup.propose(length)
-                request.chains[number] = (chain, None)
+                if request.found is None:  # the first round: no outcome came before it
+                    request.look_up(self._least)
+                chain = (request.found or [])[:length]
+                request.chains[number] = Chain(chain, None, len(chain))
                 self._tell(("fast", stream, number, len(chain)))
             else:
-                request.chains[number] = ([], None)
+                request.chains[number] = Chain([], None, 0)
         self._verifications.append((batch, rows))
 
     def _do_open(self, worker: int, stream: int) -> None:
@@ -237,11 +247,11 @@ class Loop:
     def _do_build(
         self, worker: int, stream: int, number: int, source: str, handle: int, fan_out: list[int], depth: int
     ) -> None:
-        chain = self._requests[stream].chains[number][0]
+        chain, _, own = self._requests[stream].chains[number]
         made_there = source in ("cached", "drafted") and self._drafts.made(worker, handle)
         given = None if made_there or not chain else chain
         self._building[worker, stream, number] = time.perf_counter()
-        self._drafts.send(worker, "build", stream, number, *self._news(worker, stream), given, fan_out, depth)
+        self._drafts.send(worker, "build", stream, number, *self._news(worker, stream), given, chain[own:], fan_out, depth)
 
     def _do_draft(self, worker: int, stream: int, number: int, accepted: int, token: int, length: int) -> None:
         self._asked[worker, stream, number] = time.perf_counter(), length
@@ -295,6 +305,7 @@ class Loop:
         _, token = self._rule.decide([], None, as_rows(logits), request.request, len(request.tokens))
         self.stats.prompt_seconds += time.perf_counter() - began
         _, stopped = self._emit(request, [token])
+        self._take(0.0)  # the draft has mostly read the prompt by now
         self._tell(("prefilled", stream, stopped))
 
     def _emit(self, request: Request, tokens: list[int]) -> tuple[int, bool]:
@@ -310,7 +321,7 @@ class Loop:
                 request = self._requests.get(stream)
                 if request is None or request.over or request.runner is None:
                     continue
-                chain, laws = request.chains.pop(number)
+                chain, laws, _ = request.chains.pop(number)
                 logits = request.runner.feed([request.tokens[-1], *chain])
                 outcomes.append((request, number, source, chain, laws, logits))
         computed = time.perf_counter()
@@ -321,7 +332,7 @@ class Loop:
             assert request.runner is not None
             request.runner.truncate(known + accepted)
             emitted, stopped = self._emit(request, [*chain[:accepted], token])
-            verdicts.append((request.stream, accepted, token, emitted, stopped))
+            verdicts.append((request.stream, accepted, token, emitted, stopped, request.look_up(self._least)))
             ended = number in request.ended
             request.ended.discard(number)
             self.stats.count(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tilewise.hf.runners import Runner
-from tilewise.speculation import Draft
+from tilewise.speculation import MixtureDraft
 
-__all__ = ["Generated", "Request", "Stops"]
+__all__ = ["Chain", "Generated", "Request", "Stops"]
 
 
 @dataclass
@@ -48,6 +49,19 @@ class Stops:
         return found
 
 
+class Chain(NamedTuple):
+    """A chain in verification.
+
+    Attributes:
+        tokens, laws: drafted.
+        own: how many tokens are the draft's own; those behind were looked up.
+    """
+
+    tokens: list[int]
+    laws: list[object] | None
+    own: int
+
+
 @dataclass
 class Request:
     """One sequence in the engine."""
@@ -59,11 +73,15 @@ class Request:
     stops: Stops
     result: Generated
     runner: Runner | None = None
-    lookup: Draft | None = None
+    lookup: MixtureDraft | None = None
+    longest: int = 0
+    """Most tokens to look up."""
+    found: list[int] | None = None
+    """What was looked up after the last committed token."""
     tokens: list[int] = field(default_factory=list)
     """Prompt and committed tokens."""
-    chains: dict[int, tuple[list[int], list[object] | None]] = field(default_factory=dict)
-    """Chains of rounds in verification: tokens and laws."""
+    chains: dict[int, Chain] = field(default_factory=dict)
+    """Of rounds in verification."""
     ended: set[int] = field(default_factory=set)
     """Of those, the rounds whose chains the draft ended by itself."""
     unread: list[int] = field(default_factory=list)
@@ -73,6 +91,24 @@ class Request:
     def over(self) -> bool:
         """Whether it has ended."""
         return bool(self.result.reason)
+
+    def look_up(self, least: float) -> float | None:
+        """Look up what may follow, as far as the chance of it is `least`; returns how many tokens of it are expected to
+        be right, if there is where to look."""
+        self.found = None
+        if self.lookup is None or self.over:
+            return None
+        self.lookup.extend(self.tokens[len(self.lookup) :])
+        guess = self.lookup.guess(self.longest, least=least)
+        self.found = guess.tokens
+        return guess.expected
+
+    def look_up_behind(self, chain: list[int], share: float, least: float) -> list[int]:
+        """The same behind a chain of the draft's that is kept with the chance `share`."""
+        room = min(self.longest, self.limit - len(self.result.tokens) - 1) - len(chain)
+        if self.lookup is None or share <= least or room <= 0:
+            return []
+        return self.lookup.guess(room, chain, least / share).tokens
 
     def emit(self, tokens: Sequence[int]) -> tuple[int, bool]:
         """Commit tokens up to the limit and the first stop; returns how many, and whether a stop was among them."""

@@ -194,17 +194,17 @@ class Worker:
         branch = self._settle(stream, number, start, tokens, length)
         laws = branch.laws[:length] if branch is not None else []
         held = len(guesser.chain)
-        guesser.draft(length, laws)
+        share = guesser.draft(length, laws)
         chain = guesser.chain
         handle = self._handle()
-        self._content(handle, chain, laws)
+        self._content(handle, chain, laws, share)
         self._say("drafted", stream, number, len(chain), handle, time.perf_counter() - began, held)
 
     def _do_build(
-        self, stream: int, number: int, start: int, tokens: list[int], given: list[int] | None, fan_out: list[int],
-        depth: int,
+        self, stream: int, number: int, start: int, tokens: list[int], given: list[int] | None, behind: list[int],
+        fan_out: list[int], depth: int,
     ) -> None:  # fmt: skip
-        """The target verifies the chain in round `number`; `given` is that chain where the draft has not made it."""
+        """The target verifies the chain in round `number`: `given`, or the draft's own and `behind` it."""
         guesser = self._streams.get(stream)
         if guesser is None:
             return
@@ -212,6 +212,8 @@ class Worker:
         self._settle(stream, number - 1, start, tokens, 0)
         if given is not None:
             guesser.give(given)
+        elif behind:
+            guesser.extend(behind)
         guesser.begin(number, fan_out, depth)
         self._spent[stream], self._begun[stream] = time.perf_counter() - began, began
         self._asked[stream] = began
@@ -257,7 +259,7 @@ class Worker:
                 branch.sent, branch.sent_end = len(branch.tokens), ended
                 handle = self._handle()
                 self._published[handle] = (stream, build.round, len(branch.tokens))
-                self._content(handle, branch.tokens, branch.laws)
+                self._content(handle, branch.tokens, branch.laws, branch.share)
                 entries.append((branch.accepted, branch.token, len(branch.tokens), handle, ended))
         self._say("entries", stream, build.round, entries, elapsed)
 
@@ -265,13 +267,13 @@ class Worker:
         self._handles += 1
         return self._handles * 1024 + self._name
 
-    def _content(self, handle: int, tokens: list[int], laws: list[Law]) -> None:
-        """Sends what a handle stands for, before the event that mentions it."""
+    def _content(self, handle: int, tokens: list[int], laws: list[Law], share: float) -> None:
+        """Sends what a handle stands for, before the event that mentions it; `share`: the chance that all is kept."""
         index = -1
         if laws:
             index = len(self._arrays)
             self._arrays += [np.stack([law[0] for law in laws]), np.stack([law[1] for law in laws])]
-        self._say("content", handle, tokens, index)
+        self._say("content", handle, tokens, index, share)
 
 
 def _watch(stream: Any) -> None:

@@ -34,6 +34,8 @@ pub struct Known<'a> {
     pub rows: f64,
     /// Of them on one worker; 0 if there is no worker.
     pub per_worker: f64,
+    /// Tokens per second of them all, as it went lately; none before enough was seen.
+    pub pace: Option<f64>,
 }
 
 /// A plan has to promise this much more than the present one to replace it.
@@ -114,7 +116,8 @@ impl Known<'_> {
         }
         let rates = self.learner.rates(None, Class::Model, depth);
         let tokens = expected(&rates);
-        let drafted = expected(&self.learner.rates(None, Class::Drafted, depth));
+        let drafted_rates = self.learner.rates(None, Class::Drafted, depth);
+        let drafted = expected(&drafted_rates);
         let hit = if budget > 0 { self.found(&rates, Class::Model, budget) } else { 0.0 };
         let after_fast = if budget > 0 { self.found(&fast_rates, Class::Fast, budget) } else { 0.0 };
         let extent = self.learner.extent(Class::Model, 0, depth);
@@ -136,11 +139,22 @@ impl Known<'_> {
             let (cut_neural, cut_fast) = whole(0.0, expected(&rates[..cut as usize]));
             (neural, by_fast) = (neural.max(cut_neural), by_fast.max(cut_fast));
         }
+        // Where the driver says what its own drafts are worth, some misses are answered fast and some are not.
+        let mixed = self.learner.answered_fast().map_or(0.0, |fast_share| {
+            let after_drafted = if budget > 0 { self.found(&drafted_rates, Class::Drafted, budget) } else { 0.0 };
+            let after_miss = fast_share * after_fast + (1.0 - fast_share) * after_drafted;
+            let hits = after_miss / (1.0 - hit + after_miss).max(1e-9);
+            let (by_fast, by_draft) = ((1.0 - hits) * fast_share, (1.0 - hits) * (1.0 - fast_share));
+            let waits = 1.0 - (1.0 - by_draft).powf(self.rows);
+            let slot = if self.settings.ordered { 0.0 } else { build };
+            let time = ((1.0 - by_fast) * verify + by_fast * quick + waits * wait).max(slot);
+            self.rows * (hits * tokens + by_fast * fast_tokens + by_draft * drafted) / time
+        });
         let critical = critical_batch(hit, tokens, drafted, fast_tokens, wait / verify);
         match self.settings.fallback {
             Fallback::Neural => (neural, critical),
             Fallback::Fast => (by_fast, critical),
-            Fallback::Adaptive => (neural.max(by_fast), critical),
+            Fallback::Adaptive => (neural.max(by_fast).max(mixed), critical),
         }
     }
 
@@ -150,7 +164,7 @@ impl Known<'_> {
         let settings = self.settings;
         let usual = self.fast_length();
         let mut fast = usual;
-        if explore || self.learner.fast_tried() < 16.0 {
+        if explore || self.learner.tried(Class::Fast) < 16.0 {
             fast = fast.max(settings.draft_length.min(4)); // what fast chains give is only known from trying
         }
         let scored = |length: u32, budget: u32| {
@@ -214,6 +228,8 @@ pub struct Group {
     pub wait: f64,
     /// Seconds that it takes to draft a chain.
     pub draft: f64,
+    /// Tokens of a round with a fast chain in each of the rows without, if the driver told; otherwise as learnt.
+    pub fast: Option<f64>,
 }
 
 impl Known<'_> {
@@ -223,6 +239,11 @@ impl Known<'_> {
         let rates = self.learner.rates(None, class, length);
         let hit = self.learner.hit_rate(class).unwrap_or_else(|| self.hit(&rates, class, plan.budget));
         (expected(&rates), hit)
+    }
+
+    /// Tokens that a second is worth: those of the last ones, or what the plan promises.
+    fn price(&self, plan: &Plan) -> f64 {
+        self.pace.unwrap_or(plan.rate)
     }
 
     /// The value of waiting for the missing rows, of going ahead without them, and of fast chains for them.
@@ -235,24 +256,27 @@ impl Known<'_> {
         let (tokens, hit) = self.promise(plan, Class::Model);
         let (drafted, after_drafted) = self.promise(plan, Class::Drafted);
         let (fast, after_fast) = self.promise(plan, Class::Fast);
+        let fast = group.fast.unwrap_or(fast);
         let rows = group.ready + group.missing;
         let per_row = self.learner.extent(Class::Model, 0, plan.length) + 1.0;
         let per_fast = self.learner.extent(Class::Fast, 0, plan.fast) + 1.0;
         let whole = self.latency.verify(rows * per_row, rows);
         let part = self.latency.verify(group.ready * per_row, group.ready);
         let quick = self.latency.verify(group.ready * per_row + group.missing * per_fast, rows);
-        let sits_out = plan.rate / rows * whole;
-        let falls_back = (drafted - fast).max(0.0) / (1.0 - hit + after_fast).max(1e-9);
-        let chain = (plan.rate * group.draft).min(falls_back).min(sits_out);
+        let price = self.price(plan);
+        let sits_out = price / rows * whole;
+        let lost = self.learner.lost().unwrap_or((drafted - fast).max(0.0));
+        let falls_back = lost / (1.0 - hit + after_fast).max(1e-9);
+        let chain = (price * group.draft).min(falls_back).min(sits_out);
         let in_time = if group.wait > part { part / group.wait } else { 1.0 };
         let here = group.ready * tokens + group.ready * hit * chain;
-        let wait = here + group.missing * (drafted + after_drafted * chain) - plan.rate * (group.wait + whole);
+        let wait = here + group.missing * (drafted + after_drafted * chain) - price * (group.wait + whole);
         let ahead = if group.ready > 0.0 {
-            here + group.missing * in_time * chain - plan.rate * part
+            here + group.missing * in_time * chain - price * part
         } else {
             f64::NEG_INFINITY
         };
-        let quickly = here + group.missing * (fast + after_fast * chain) - plan.rate * quick;
+        let quickly = here + group.missing * (fast + after_fast * chain) - price * quick;
         [wait, ahead, quickly]
     }
 
@@ -260,7 +284,7 @@ impl Known<'_> {
     pub fn worth_finishing(&self, plan: &Plan, have: u32, want: u32) -> bool {
         let rates = self.learner.rates(None, Class::Drafted, want);
         let gain = expected(&rates) - expected(&rates[..have.min(want) as usize]);
-        gain > plan.rate * self.latency.fallback(self.learner.extent(Class::Drafted, have, want))
+        gain > self.price(plan) * self.latency.fallback(self.learner.extent(Class::Drafted, have, want))
     }
 
     /// What decides whether a token is drafted and verified, at the present rate; before there is one, what it usually is.
@@ -268,7 +292,7 @@ impl Known<'_> {
         if plan.rate == 0.0 || !self.latency.is_known() {
             return Worth::default();
         }
-        let per_stream = plan.rate / self.rows;
+        let per_stream = self.price(plan) / self.rows;
         let [_, token, _] = *self.latency.target.coefficients();
         let [_, step] = *self.latency.chains.coefficients();
         let [_, branch] = *self.latency.builds.coefficients();
@@ -278,7 +302,8 @@ impl Known<'_> {
         let wait = per_stream * self.latency.fallback(self.learner.extent(Class::Drafted, 0, depth));
         let instead = match self.settings.fallback {
             Fallback::Neural => f64::INFINITY,
-            Fallback::Fast | Fallback::Adaptive => expected(&rates) - expected(&fast),
+            Fallback::Fast => expected(&rates) - expected(&fast),
+            Fallback::Adaptive => self.learner.lost().unwrap_or(expected(&rates) - expected(&fast)),
         };
         let of = |seconds: f64| (per_stream * seconds).clamp(0.01, 0.5);
         let miss = if self.settings.fallback == Fallback::Fast { instead } else { wait.min(instead) };

@@ -53,7 +53,7 @@ impl Source {
 }
 
 /// What a verification found out about one row.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Verdict {
     /// The row's stream.
     pub stream: StreamId,
@@ -65,6 +65,8 @@ pub struct Verdict {
     pub emitted: u32,
     /// End of sequence, a stop string: nothing more is wanted.
     pub finished: bool,
+    /// Tokens of the driver's own draft that would be kept now, as far as it can tell from the text so far.
+    pub fast: Option<f64>,
 }
 
 /// A guessed outcome with the continuation that was drafted for it.
@@ -99,7 +101,8 @@ pub enum Event {
     Prefilled { stream: StreamId, finished: bool },
     /// The worker has the stream's context.
     Opened { worker: WorkerId, stream: StreamId },
-    /// How long the driver's own draft of this round came out.
+    /// How long the chain of this round came out: the driver's own (at most as long as was asked for), or one of the
+    /// model's with the driver's own tokens behind it (where equal tokens are kept, so that this biases nothing).
     Fast { stream: StreamId, round: u64, length: u32 },
     /// A verification is over; `seconds` is how long the target was busy.
     Verified { batch: BatchId, seconds: f64, rows: Vec<Verdict> },

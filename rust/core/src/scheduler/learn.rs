@@ -103,6 +103,19 @@ pub struct Learner {
     curves: [[RankCurve; 2]; CLASSES],
     /// Hits and lookups by class of the chain whose outcome was looked up.
     lookups: [(f64, f64); CLASSES],
+    /// After misses where the driver said what its own draft is worth.
+    misses: Misses,
+}
+
+/// Sums over misses, fading.
+#[derive(Debug, Clone, Copy, Default)]
+struct Misses {
+    /// How many.
+    count: f64,
+    /// Of them answered fast.
+    fast: f64,
+    /// Tokens that a chain of the draft model would have brought beyond the fast one.
+    lost: f64,
 }
 
 /// How much the prior weighs, in observations.
@@ -117,6 +130,7 @@ impl Default for Learner {
             extents: from_fn(|_| Acceptance::new(256.0)),
             curves: from_fn(|_| from_fn(|_| RankCurve::new(1.0))),
             lookups: [(0.0, 0.0); CLASSES],
+            misses: Misses::default(),
         }
     }
 }
@@ -158,9 +172,29 @@ impl Learner {
         (hits + LOOKUP_WEIGHT * guess) / (all + LOOKUP_WEIGHT)
     }
 
-    /// How much fast chains were tried, in recent observations.
-    pub fn fast_tried(&self) -> f64 {
-        self.acceptance[Class::Fast.index()].tried()
+    /// A miss, where the driver's own draft was worth `fast` tokens (the one that follows included) and the model's is
+    /// `drafted` on average; and whether the fast one was taken.
+    pub fn miss(&mut self, fast: f64, drafted: f64, taken: bool) {
+        let Misses { count, fast: answered, lost } = &mut self.misses;
+        *count = *count * 0.99 + 1.0;
+        *answered = *answered * 0.99 + f64::from(u8::from(taken));
+        *lost = *lost * 0.99 + (drafted - fast).max(0.0);
+    }
+
+    /// The tokens by which chains of the draft model are better than fast ones after misses, none where they are not, on
+    /// average over those misses. Chains that were taken say less: each is taken where it is good.
+    pub fn lost(&self) -> Option<f64> {
+        (self.misses.count > 0.0).then(|| self.misses.lost / self.misses.count)
+    }
+
+    /// The share of misses that was answered fast, where the driver says what its drafts are worth.
+    pub fn answered_fast(&self) -> Option<f64> {
+        (self.misses.count > 0.0).then(|| self.misses.fast / self.misses.count)
+    }
+
+    /// How much chains of a class were tried, in recent observations.
+    pub fn tried(&self, class: Class) -> f64 {
+        self.acceptance[class.index()].tried()
     }
 
     /// The acceptance rates of the places of a chain, over all streams or for one.

@@ -6,7 +6,7 @@
 //!            +------- resume ------- Paused <- preempt from anywhere             +-> finished
 //! ```
 
-use super::event::{BatchId, Handle, Source, StreamId, WorkerId};
+use super::event::{BatchId, Handle, Row, Source, StreamId, WorkerId};
 use super::learn::{Acceptance, CLASSES, Class, Learner};
 use super::stats::Cause;
 
@@ -117,7 +117,9 @@ pub struct Stream {
     pub acceptance: [Acceptance; CLASSES],
     /// Whether the last lookup hit; none before there was one.
     pub hit: Option<bool>,
-    /// Length of the fast chain in verification, if the driver said it.
+    /// Tokens that the driver expects of its own draft after the last outcome, if it can tell.
+    pub expects: Option<f64>,
+    /// Length of the chain in verification, if the driver said it.
     pub fast: Option<u32>,
     /// What it waited for last, for the account of the target's idle time.
     pub cause: Cause,
@@ -139,6 +141,7 @@ impl Stream {
             past: Vec::new(),
             acceptance: Learner::stream(),
             hit: None,
+            expects: None,
             fast: None,
             cause: Cause::Start,
         }
@@ -152,6 +155,12 @@ impl Stream {
     /// Most drafted tokens of the next chain: one more token follows any chain, and nothing may pass the limit.
     pub fn most(&self) -> u32 {
         u32::try_from(self.remaining().saturating_sub(1)).unwrap_or(u32::MAX)
+    }
+
+    /// Tokens of this row's chain that the target verifies, after what the driver said of them.
+    pub fn verified_length(&self, row: &Row) -> u32 {
+        let Some(told) = self.fast else { return row.length };
+        if row.source.is_model() { told.clamp(row.length, self.most().max(row.length)) } else { told.min(row.length) }
     }
 
     /// Notes how the present round came out and starts the next.

@@ -67,7 +67,7 @@ impl Rounds {
             let Some(stream) = self.streams.get(&verdict.stream).filter(|stream| stream.life == *life) else {
                 continue; // aborted meanwhile: nobody reads its row
             };
-            let length = stream.fast.unwrap_or(row.length).min(row.length);
+            let length = stream.verified_length(row);
             if verdict.accepted > length {
                 let allowed = format!("at most {length} accepted tokens, the length of the chain");
                 return Err(Error::value(&name, allowed, verdict.accepted));
@@ -77,6 +77,9 @@ impl Rounds {
             if !fits {
                 let allowed = format!("{whole} emitted tokens, fewer (at least 1) only where the stream finished");
                 return Err(Error::value(&name, allowed, verdict.emitted));
+            }
+            if let Some(fast) = verdict.fast.filter(|fast| !(0.0..f64::INFINITY).contains(fast)) {
+                return Err(Error::value(&name, "a finite number of tokens >= 0 of the driver's own draft, or none", fast));
             }
             if verdict.token >= self.settings.vocabulary {
                 let allowed = format!("a token below the vocabulary of {}", self.settings.vocabulary);

@@ -5,7 +5,7 @@ use crate::rng::{Purpose, uniform};
 use crate::scheduler::choose::Group;
 use crate::scheduler::event::{Command, Entry, Handle, Source, StreamId, WorkerId};
 use crate::scheduler::handles::Arrival;
-use crate::scheduler::learn::Class;
+use crate::scheduler::learn::{Class, expected};
 use crate::scheduler::settings::Fallback;
 use crate::scheduler::stats::Cause;
 use crate::scheduler::stream::{Chain, State};
@@ -30,6 +30,7 @@ impl Rounds {
     /// Rows without a chain, or with a short one, get one: from the model, from what there is of the branch, or fast.
     pub(super) fn answer_misses(&mut self, missing: &[(StreamId, Option<Cached>)]) {
         let neural = self.is_neural(missing);
+        self.learn_misses(missing, neural);
         for (id, short) in missing {
             let Some(stream) = self.streams.get(id) else { continue };
             let want = stream.most().min(self.plan.length).min(self.settings.depth);
@@ -64,6 +65,17 @@ impl Rounds {
         }
     }
 
+    /// What the driver's own drafts were worth where there was no entry.
+    fn learn_misses(&mut self, missing: &[(StreamId, Option<Cached>)], neural: bool) {
+        let depth = self.plan.length.min(self.settings.depth);
+        let drafted = expected(&self.learner.rates(None, Class::Drafted, depth));
+        for (id, _) in missing.iter().filter(|(_, short)| short.is_none()) {
+            if let Some(fast) = self.streams.get(id).and_then(|stream| stream.expects) {
+                self.learner.miss(1.0 + fast, drafted, !neural);
+            }
+        }
+    }
+
     fn await_opening(&mut self, id: StreamId, want: u32) {
         // Reading a prompt takes longer than drafting; how much longer is not known.
         let deadline = self.now + 4.0 * self.waits(want).1;
@@ -91,17 +103,23 @@ impl Rounds {
         if self.plan.rate == 0.0 || misses == 0 || !self.latency.drafts_known() {
             return true;
         }
-        // What fast chains give is only known from trying: often at first, seldom later.
-        let share = if self.learner.fast_tried() < 8.0 { 1.0 / 4.0 } else { 1.0 / 128.0 };
+        let told = missing.iter().filter(|(_, short)| short.is_none());
+        let told = told.filter_map(|(id, _)| self.streams.get(id)?.expects).map(|fast| 1.0 + fast);
+        let (told, sum) = told.fold((0, 0.0), |(count, sum), fast| (count + 1, sum + fast));
+        // What the draft model's chains give, and fast ones of which the driver says nothing, is only known from trying:
+        // often at first, seldom later.
+        let all_told = told == misses;
+        let tried = self.learner.tried(if all_told { Class::Drafted } else { Class::Fast });
+        let share = if tried < 8.0 { 1.0 / 4.0 } else { 1.0 / 128.0 };
         if uniform(self.settings.seed, first.wrapping_add(1), self.stats.batches, Purpose::Schedule) < share {
-            return false;
+            return all_told;
         }
         let rows = self.rows();
         let ready = self.streams.values().filter(|stream| matches!(stream.state, State::Ready { .. })).count();
         let shorts = missing.len() - misses;
         let extent = self.learner.extent(Class::Drafted, 0, self.plan.length.min(self.settings.depth));
         let wait = self.latency.fallback(extent);
-        let group = Group { ready: (ready + shorts) as f64, missing: misses as f64, wait, draft: wait };
+        let group = Group { ready: (ready + shorts) as f64, missing: misses as f64, wait, draft: wait, fast: all_told.then(|| sum / told as f64) };
         let [waiting, ahead, quickly] = self.known(rows).values(&self.plan, &group);
         waiting.max(ahead) >= quickly + SURELY * misses as f64
     }

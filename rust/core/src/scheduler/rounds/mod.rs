@@ -65,6 +65,37 @@ impl Target {
     }
 }
 
+/// How fast it goes: tokens and seconds of verifications of as many rows and of the waits before them, fading.
+#[derive(Debug, Clone, Copy, Default)]
+struct Pace {
+    rows: usize,
+    tokens: f64,
+    seconds: f64,
+    seen: u32,
+    /// Before the verification that is out.
+    waited: f64,
+}
+
+impl Pace {
+    /// Verifications before there is an answer, and after which one weighs 1/e.
+    const ENOUGH: u32 = 16;
+    const MEMORY: f64 = 64.0;
+
+    fn observe(&mut self, rows: usize, tokens: u32, seconds: f64) {
+        if rows != self.rows {
+            *self = Self { rows, waited: self.waited, ..Self::default() };
+        }
+        let keep = (-1.0 / Self::MEMORY).exp();
+        self.tokens = self.tokens * keep + f64::from(tokens);
+        self.seconds = self.seconds * keep + self.waited + seconds;
+        self.seen = self.seen.saturating_add(1);
+    }
+
+    fn of(&self, rows: usize) -> Option<f64> {
+        (rows == self.rows && self.seen >= Self::ENOUGH && self.seconds > 0.0).then(|| self.tokens / self.seconds)
+    }
+}
+
 /// The state machine. A clone goes its own way from the same state: enumerations use that.
 #[derive(Debug, Clone)]
 pub struct Rounds {
@@ -87,6 +118,7 @@ pub struct Rounds {
     turns: u64,
     batches: BatchId,
     plans: u64,
+    pace: Pace,
     /// Until when ready rows wait for others.
     hold: Option<f64>,
     out: Vec<Command>,
@@ -118,6 +150,7 @@ impl Rounds {
             turns: 0,
             batches: 0,
             plans: 0,
+            pace: Pace::default(),
             hold: None,
             out: Vec::new(),
         })
@@ -258,6 +291,7 @@ impl Rounds {
             settings: &self.settings,
             rows,
             per_worker: if workers == 0 { 0.0 } else { rows / workers as f64 },
+            pace: self.pace.of(rows as usize),
         }
     }
 

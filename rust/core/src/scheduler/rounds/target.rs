@@ -33,7 +33,7 @@ impl Rounds {
         // Otherwise it was preempted meanwhile: the token counts, and a resumed stream is prefilled again.
     }
 
-    /// The driver's own draft of a round that is out came out this long.
+    /// The chain of a round that is out came out this long.
     pub(super) fn fast(&mut self, id: StreamId, round: u64, length: u32) {
         let out = self.is_out(id);
         match self.streams.get_mut(&id) {
@@ -52,7 +52,7 @@ impl Rounds {
         let (mut tokens, mut missing) = (0.0, Vec::new());
         for (row, life) in &batch.rows {
             let lives = self.streams.get(&row.stream).filter(|stream| stream.life == *life);
-            let length = lives.and_then(|stream| stream.fast).unwrap_or(row.length).min(row.length);
+            let length = lives.map_or(row.length, |stream| stream.verified_length(row));
             tokens += f64::from(length + 1);
             let verdict = rows.iter().find(|verdict| verdict.stream == row.stream);
             if let (true, Some(verdict)) = (lives.is_some(), verdict) {
@@ -62,6 +62,8 @@ impl Rounds {
                 self.ledger.free(handle);
             }
         }
+        let emitted = rows.iter().map(|verdict| verdict.emitted).sum();
+        self.pace.observe(batch.rows.len(), emitted, seconds);
         self.latency.target.observe([1.0, tokens, batch.rows.len() as f64], seconds);
         self.replan(false);
         self.answer_misses(&missing);
@@ -71,14 +73,16 @@ impl Rounds {
     fn outcome(&mut self, row: &Row, length: u32, verdict: &Verdict, missing: &mut Vec<(StreamId, Option<Cached>)>) {
         let id = row.stream;
         let Some(stream) = self.streams.get_mut(&id) else { return };
-        let cut = stream.fast.is_some_and(|fast| fast < row.length);
+        // With the driver's tokens behind it a chain is as long as it gets.
+        let told = stream.fast.is_some() && (row.source.is_model() || length < row.length);
         let out = match stream.state {
             State::Verifying { chain, .. } => chain,
             _ => Chain { source: row.source, handle: row.handle, ..Chain::EMPTY }, // preempted meanwhile
         };
-        let ended = cut || out.ended;
+        let ended = told || out.ended;
         let chain = Chain { length, ended, ..out };
         stream.emitted += u64::from(verdict.emitted);
+        stream.expects = verdict.fast;
         self.stats.round(row.source, length, verdict.accepted, verdict.emitted);
         self.learner.observe(&mut stream.acceptance, chain.class(), length, verdict.accepted, ended);
         stream.close_round(verdict.accepted, Some(verdict.token), &chain, length);
@@ -172,9 +176,8 @@ impl Rounds {
     /// The target was free until now, for this reason.
     fn account(&mut self, cause: Cause) {
         let started = self.stats.batches + self.stats.prefills > 0;
-        if started {
-            self.stats.waits[cause as usize] += self.now - self.target.free_since;
-        }
+        self.pace.waited = if started { self.now - self.target.free_since } else { 0.0 };
+        self.stats.waits[cause as usize] += self.pace.waited;
     }
 
     fn verify(&mut self, ids: &[StreamId]) {

@@ -343,7 +343,7 @@ impl<'a> World<'a> {
             stream.chain.truncate(row.length as usize);
             tokens += row.length + 1;
             let (accepted, token) = (truth.accepted, truth.token);
-            verdicts.push(Verdict { stream: row.stream, accepted, token, emitted: accepted + 1, finished: false });
+            verdicts.push(Verdict { stream: row.stream, accepted, token, emitted: accepted + 1, finished: false, fast: None });
             if self.config.log {
                 let counts = [row.length, accepted, accepted + 1];
                 let (source, ready) = (row.source.index() as u8, stream.ready);

@@ -141,6 +141,15 @@ impl SuffixIndex {
         best.map(|node| node.token)
     }
 
+    /// At most `count` tokens that may follow the text and `after`. The text stays as it is.
+    pub fn propose_after(&mut self, after: &[u32], count: usize) -> Proposal {
+        let length = self.len();
+        self.extend(after);
+        let proposal = self.propose(count);
+        self.truncate(length);
+        proposal
+    }
+
     /// At most `count` tokens that may follow.
     pub fn propose(&self, count: usize) -> Proposal {
         let mut proposal = Proposal::default();

@@ -56,6 +56,8 @@ proptest! {
         let mut text: Vec<u32> = Vec::new();
         for (tokens, back) in steps {
             text.extend(&tokens);
+            prop_assert_eq!(ngrams.propose_after(&tokens, count), lookup(&text, longest, shortest, count));
+            prop_assert_eq!(suffixes.propose_after(&tokens, count), counted(&text, longest, shortest, count));
             ngrams.extend(&tokens);
             suffixes.extend(&tokens);
             let length = text.len().saturating_sub(back);

@@ -46,7 +46,7 @@ fn entry(accepted: u32, token: u32, length: u32, handle: u64) -> Entry {
 }
 
 fn verified(batch: u64, accepted: u32, token: u32) -> Event {
-    let rows = vec![Verdict { stream: 5, accepted, token, emitted: accepted + 1, finished: false }];
+    let rows = vec![Verdict { stream: 5, accepted, token, emitted: accepted + 1, finished: false, fast: None }];
     Event::Verified { batch, seconds: 0.1, rows }
 }
 
@@ -107,7 +107,7 @@ fn e6_nothing_is_asked_for_beyond_the_limit() {
 #[test]
 fn e6_a_stop_in_the_middle_of_a_chain_ends_the_stream() {
     let (mut machine, _, _) = started(settings(), 100);
-    let rows = vec![Verdict { stream: 5, accepted: 3, token: 9, emitted: 2, finished: true }];
+    let rows = vec![Verdict { stream: 5, accepted: 3, token: 9, emitted: 2, finished: true, fast: None }];
     let commands = machine.handle(0.4, Event::Verified { batch: 1, seconds: 0.1, rows }).unwrap();
     assert!(matches!(
         commands[..],
@@ -207,7 +207,7 @@ fn e12_a_row_that_never_hits_does_not_redraft_the_others() {
         return; // stream 1 went ahead alone: then nobody waits for anybody
     }
     machine.handle(at(), Event::Entries { worker: 0, stream: 1, round: 1, entries: vec![entry(0, 4, 3, 30)] }).unwrap();
-    let rows = [1, 2].map(|stream| Verdict { stream, accepted: 0, token: 4, emitted: 1, finished: false }).to_vec();
+    let rows = [1, 2].map(|stream| Verdict { stream, accepted: 0, token: 4, emitted: 1, finished: false, fast: None }).to_vec();
     let commands = machine.handle(at(), Event::Verified { batch: *id, seconds: 0.1, rows }).unwrap();
     let drafts: Vec<u32> = commands
         .iter()
@@ -265,7 +265,7 @@ fn a_short_hit_is_used_or_finished_by_length_and_time_alone() {
 fn numbers_that_cannot_be_change_nothing() {
     let (mut machine, _, _) = started(settings(), 100);
     let before = format!("{machine:?}");
-    let verdict = Verdict { stream: 5, accepted: 1, token: 1, emitted: 2, finished: false };
+    let verdict = Verdict { stream: 5, accepted: 1, token: 1, emitted: 2, finished: false, fast: None };
     let rows = |rows| Event::Verified { batch: 1, seconds: 0.1, rows };
     for event in [
         Event::Join { stream: 1, limit: 0 },

@@ -294,13 +294,19 @@ impl World {
                 self.pending.push(event);
                 0 // in case the report is late
             } else {
+                let most = (remaining - 1).min(u64::from(row.length) + 3) as u32;
+                if model && most > row.length && self.chance(20) {
+                    // Tokens of the driver's own behind the draft's; in case the report is late, none is accepted.
+                    self.pending.push(Event::Fast { stream: row.stream, round: row.round, length: most });
+                }
                 row.length
             };
             let accepted = self.below(u64::from(length) + 1) as u32;
             let token = self.below(u64::from(self.settings.vocabulary)) as u32;
             let finished = self.chance(3);
             let emitted = if finished { 1 + self.below(u64::from(accepted) + 1) as u32 } else { accepted + 1 };
-            verdicts.push((Verdict { stream: row.stream, accepted, token, emitted, finished }, life));
+            let fast = self.chance(50).then(|| self.below(80) as f64 / 10.0);
+            verdicts.push((Verdict { stream: row.stream, accepted, token, emitted, finished, fast }, life));
         }
         let mut sorted: Vec<u32> = rows.iter().map(|row| row.stream).collect();
         sorted.sort_unstable();
