@@ -49,7 +49,7 @@ class Contest:
         self.pair, self.temperature, self.count = pair, temperature, new_tokens
         self.generator = SpeculativeGenerator(pair.target, pair.draft, temperature=temperature, threads=1)
         self.alone = SpeculativeGenerator(pair.target, draft_length=0, lookup=False, temperature=temperature, threads=1)
-        self.lookup = SpeculativeGenerator(pair.target, draft_length=6, temperature=temperature, threads=1)
+        self.lookup = SpeculativeGenerator(pair.target, temperature=temperature, threads=1)
         self.modes: dict[str, Callable[[list[int], int], list[int]]] = {}
 
     def decoder(self, threads: int, **rules: Any) -> Callable[[list[int], int], list[int]]:
@@ -95,7 +95,7 @@ class Contest:
         for threads in (1, 2):
             best: tuple[float, dict[str, Any]] = (float("inf"), {})
             for length in (4, 6, 8, 10, 12, 16):
-                for confidence in (0.0, 0.3):
+                for confidence in (0.0, 0.1, 0.3):
                     rules = {"draft_length": length, "confidence": confidence}
                     run = self.decoder(threads, **rules)
                     run(prompts[0], 0)

@@ -152,7 +152,7 @@ class Enumeration:
         kind = command[0]
         if kind == "prefill":
             world.texts[command[1]] = (0,)
-            world.later(now + 1, ("prefilled", command[1], False))
+            world.later(now + 1, ("prefilled", command[1], False, None, None))
         elif kind == "open":
             world.later(now, ("opened", command[1], command[2]))
         elif kind == "verify":

@@ -39,7 +39,7 @@ class Driver:
     def give(self, event: tuple[Any, ...]) -> None:
         self.now += 0.001
         if event[0] == "verified":
-            for stream, accepted, token, emitted, _ in event[3]:
+            for stream, accepted, token, emitted, *_ in event[3]:
                 self.emitted[stream] += emitted
                 self.last[stream] = (self.rounds[stream], accepted, token)
         if event[0] == "prefilled":
@@ -54,7 +54,7 @@ class Driver:
     rounds: dict[int, int]
 
     def prefill(self, stream: int) -> None:
-        self.target.append(("prefilled", stream, False))
+        self.target.append(("prefilled", stream, False, None, None))
 
     def open(self, worker: int, stream: int) -> None:
         self.workers.append(("opened", worker, stream))
@@ -189,7 +189,7 @@ def test_unknown_late_and_doubled_events_are_counted() -> None:
     machine = Rounds(vocabulary=10)
     events = [
         ("abort", 1),
-        ("prefilled", 1, False),
+        ("prefilled", 1, False, None, None),
         ("opened", 0, 1),
         ("verified", 9, 0.1, []),
         ("resume", 1),
@@ -219,5 +219,5 @@ def test_a_copy_goes_its_own_way() -> None:
     machine = Rounds(vocabulary=10, workers=0)
     machine.handle(0.0, ("join", 0, 5))
     other = machine.copy()
-    machine.handle(0.1, ("prefilled", 0, True))
+    machine.handle(0.1, ("prefilled", 0, True, None, None))
     assert machine.stats()["finished"] == 1 and other.stats()["finished"] == 0

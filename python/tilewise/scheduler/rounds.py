@@ -13,7 +13,8 @@ the driver's; the machine knows them by *handles*, integers >= 0 that the driver
 Events (tuples; times in seconds)::
 
     ("join", stream, limit)              ("abort", stream)    ("preempt", stream)    ("resume", stream)
-    ("prefilled", stream, finished)      the target has read the prompt and emitted one token (counts toward limit)
+    ("prefilled", stream, finished, token, fast)       the target has read the prompt and emitted one token (counts
+                                         toward limit); `token` is None where nobody guesses it
     ("opened", worker, stream)           the worker has the stream's context
     ("fast", stream, round, length)      how long the chain came out, before "verified": the driver's own, or one of the
                                          model's with the driver's own tokens behind it
@@ -29,10 +30,13 @@ Commands::
     ("prefill", stream)                  ("open", worker, stream)         ("forget", worker, stream)
     ("verify", batch, [(stream, round, source, handle, length), ...])     source "cached", "drafted", "fast" or "none"
     ("build", worker, stream, round, source, handle, fan_out, depth)      guess this round's outcomes, draft on behind
-    ("draft", worker, stream, round, accepted, token, length)             token -1: the one the prefill emitted
+    ("draft", worker, stream, round, accepted, token, length)             token -1: the one the prefill did not tell
     ("outcome", worker, stream, round, accepted, token, handle)           handle -1: no entry is used
     ("stop", worker, stream, round)      ("discard", [handle, ...])
     ("finish", stream, reason)           reason "limit", "stopped" or "aborted"
+
+`fast` is how many tokens of the driver's own draft would be kept now, as far as it can tell from the text so far; None
+if it cannot. Where it can, each miss is answered by what is better there.
 
 What the driver owes the machine:
 
@@ -77,6 +81,7 @@ class Rounds:
         seed: of the few random choices (when to try what is not known well enough).
         ordered: the drafts end chains by themselves and grow branches in order of their probability, as far as time
             permits: chain length and budget are bounds and are not chosen. See `ended` above.
+        guess_first: the drafts guess the first token, and draft behind it, while the target reads the prompt.
         together: always verify all streams together; otherwise rows that have their chains go ahead of rows that wait
             for a draft where that is estimated to give more tokens per second.
 
@@ -88,7 +93,7 @@ class Rounds:
         >>> rounds = Rounds(draft_length=2, workers=0, fallback="fast", vocabulary=10)
         >>> rounds.handle(0.0, ("join", 7, 3))
         [('prefill', 7)]
-        >>> rounds.handle(0.1, ("prefilled", 7, False))
+        >>> rounds.handle(0.1, ("prefilled", 7, False, None, None))
         [('verify', 1, [(7, 1, 'fast', -1, 1)])]
         >>> rounds.handle(0.2, ("verified", 1, 0.1, [(7, 1, 4, 2, False, None)]))
         [('finish', 7, 'limit')]
@@ -111,6 +116,7 @@ class Rounds:
         seed: int = 0,
         together: bool = False,
         ordered: bool = False,
+        guess_first: bool = False,
     ) -> None:
         values = {"draft_length": draft_length, "budget": budget, "max_batch": max_batch, "workers": workers}
         values |= {"vocabulary": vocabulary, "seed": seed} | ({} if depth is None else {"depth": depth})
@@ -133,6 +139,7 @@ class Rounds:
             seed=seed,
             together=together,
             ordered=ordered,
+            guess_first=guess_first,
         )
 
     def handle(self, now: float, event: tuple[Any, ...]) -> list[tuple[Any, ...]]:

@@ -187,7 +187,7 @@ class MixtureDraft:
         [9, 7, 8]
         >>> draft.extend([9, 7, 1])
         >>> round(draft.acceptance(0, 2), 2)
-        0.6
+        0.67
     """
 
     _LONGEST = 16

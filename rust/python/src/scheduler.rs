@@ -84,8 +84,8 @@ fn event_of(event: &Bound<'_, PyAny>) -> PyResult<Event> {
         "preempt" => Event::Preempt { stream: read("('preempt', stream)")?.get()? },
         "resume" => Event::Resume { stream: read("('resume', stream)")?.get()? },
         "prefilled" => {
-            let mut f = read("('prefilled', stream, finished)")?;
-            Event::Prefilled { stream: f.get()?, finished: f.get()? }
+            let mut f = read("('prefilled', stream, finished, token, fast)")?;
+            Event::Prefilled { stream: f.get()?, finished: f.get()?, token: f.get()?, fast: f.get()? }
         }
         "opened" => {
             let mut f = read("('opened', worker, stream)")?;
@@ -210,7 +210,7 @@ impl Rounds {
 #[pymethods]
 impl Rounds {
     #[new]
-    #[pyo3(signature = (*, draft_length, budget, depth, fallback, max_batch, patience, adaptive, workers, vocabulary, seed, together=false, ordered=false))]
+    #[pyo3(signature = (*, draft_length, budget, depth, fallback, max_batch, patience, adaptive, workers, vocabulary, seed, together=false, ordered=false, guess_first=false))]
     fn new(
         py: Python<'_>,
         draft_length: u32,
@@ -225,6 +225,7 @@ impl Rounds {
         seed: u64,
         together: bool,
         ordered: bool,
+        guess_first: bool,
     ) -> PyResult<Self> {
         enter(py, || {
             let fallback = Fallback::named(fallback)?;
@@ -239,6 +240,7 @@ impl Rounds {
                 adaptive,
                 together,
                 ordered,
+                guess_first,
                 workers,
                 vocabulary,
                 seed,
@@ -448,6 +450,7 @@ fn scheduler_simulate<'py>(
             adaptive,
             together,
             ordered: false,
+            guess_first: false,
             workers: 0,
             vocabulary,
             seed,

@@ -39,11 +39,12 @@ class SpeculativeGenerator(Loop):
         draft: a smaller one with the same vocabulary; None decodes with look-ups alone.
         workers: draft processes; sequences are divided among them. ``"torchrun"``: those of rank 1 and up of a program
             that torchrun started, on whatever machines, which call :func:`serve_draft` with the draft.
-        draft_length: most drafted tokens of a round; None is 16 under the coupled rule, where chains end by themselves
-            once they are not worth going on, and 8 under the rejection rule, where they must not.
+        draft_length: most drafted tokens of a round; None is 32 under the coupled rule, where chains end by themselves
+            once they are not worth going on, and look-ups go on behind them; and 8 under the rejection rule, where
+            chains must not end by content.
         budget: most branches that grow at once; None is 8 under the coupled rule, where they take turns by their
             probability, and 16 under the rejection rule, where all guessed outcomes are drafted equally far.
-        depth: most tokens to draft behind each; None is `draft_length`.
+        depth: most tokens to draft behind each; None is `draft_length`, but not more than 16.
         fallback: what a sequence does whose outcome was not guessed: ``"neural"`` (the draft drafts now), ``"fast"``
             (look-ups, no waiting) or ``"adaptive"`` (what is measured to be better).
         rule: ``"coupled"`` or ``"rejection"``.
@@ -116,9 +117,11 @@ class SpeculativeGenerator(Loop):
         if support < 1:
             raise ArgumentError(f"support must be at least 1, got {support}")
         if draft_length is None:
-            draft_length = 16 if rule == "coupled" else 8
+            draft_length = 32 if rule == "coupled" else 8
         if budget is None:
             budget = 8 if rule == "coupled" else 16
+        if depth is None:
+            depth = min(draft_length, 16)
         fan_out = max(1, round(budget / (draft_length + 1)))
         self.target = target
         settings = Settings(rule, temperature, top_k, top_p, seed, support, saguaro, fan_out)
@@ -139,6 +142,7 @@ class SpeculativeGenerator(Loop):
         machine = Rounds(
             draft_length=draft_length, budget=budget, depth=depth, fallback=fallback, max_batch=max_batch,
             patience=patience, adaptive=adaptive, workers=count, vocabulary=vocabulary, seed=seed, ordered=made.free,
+            guess_first=True,
         )  # fmt: skip
         self._next_stream = 0
         super().__init__(

@@ -247,7 +247,7 @@ class Loop:
     def _do_build(
         self, worker: int, stream: int, number: int, source: str, handle: int, fan_out: list[int], depth: int
     ) -> None:
-        chain, _, own = self._requests[stream].chains[number]
+        chain, _, own = self._requests[stream].chains.get(number, Chain([], None, 0))  # none while the prompt is read
         made_there = source in ("cached", "drafted") and self._drafts.made(worker, handle)
         given = None if made_there or not chain else chain
         self._building[worker, stream, number] = time.perf_counter()
@@ -296,7 +296,7 @@ class Loop:
     def _prefill(self, stream: int) -> None:
         request = self._requests.get(stream)
         if request is None or request.over:
-            self._tell(("prefilled", stream, True))
+            self._tell(("prefilled", stream, True, None, None))
             return
         began = time.perf_counter()
         request.runner = self._start_target()
@@ -304,9 +304,9 @@ class Loop:
             logits = request.runner.feed(request.tokens, last=1)
         _, token = self._rule.decide([], None, as_rows(logits), request.request, len(request.tokens))
         self.stats.prompt_seconds += time.perf_counter() - began
+        self._take(0.0)  # before the token is committed: what is asked of drafts now does not know it yet
         _, stopped = self._emit(request, [token])
-        self._take(0.0)  # the draft has mostly read the prompt by now
-        self._tell(("prefilled", stream, stopped))
+        self._tell(("prefilled", stream, stopped, token, request.look_up(self._least)))
 
     def _emit(self, request: Request, tokens: list[int]) -> tuple[int, bool]:
         count, stopped = request.emit(tokens)

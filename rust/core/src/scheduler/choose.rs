@@ -88,7 +88,9 @@ impl Known<'_> {
 
     /// The length of fast chains that emits most per second by itself.
     fn fast_length(&self) -> u32 {
-        if !self.settings.adaptive || !self.latency.target.is_known() {
+        // A driver that knows what its tokens are worth ends its chains by itself.
+        let ends = self.settings.ordered && self.learner.answered_fast().is_some();
+        if !self.settings.adaptive || ends || !self.latency.target.is_known() {
             return self.settings.draft_length;
         }
         let rates = self.learner.rates(None, Class::Fast, self.settings.draft_length);
@@ -271,11 +273,8 @@ impl Known<'_> {
         let in_time = if group.wait > part { part / group.wait } else { 1.0 };
         let here = group.ready * tokens + group.ready * hit * chain;
         let wait = here + group.missing * (drafted + after_drafted * chain) - price * (group.wait + whole);
-        let ahead = if group.ready > 0.0 {
-            here + group.missing * in_time * chain - price * part
-        } else {
-            f64::NEG_INFINITY
-        };
+        let ahead =
+            if group.ready > 0.0 { here + group.missing * in_time * chain - price * part } else { f64::NEG_INFINITY };
         let quickly = here + group.missing * (fast + after_fast * chain) - price * quick;
         [wait, ahead, quickly]
     }

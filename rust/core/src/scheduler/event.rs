@@ -97,8 +97,9 @@ pub enum Event {
     Preempt { stream: StreamId },
     /// It may go on.
     Resume { stream: StreamId },
-    /// The target has read the prompt (and what was generated before a preemption) and emitted one token.
-    Prefilled { stream: StreamId, finished: bool },
+    /// The target has read the prompt (and what was generated before a preemption) and emitted one token; `token` is
+    /// needed where it was guessed, `fast` is as in [`Verdict`].
+    Prefilled { stream: StreamId, finished: bool, token: Option<u32>, fast: Option<f64> },
     /// The worker has the stream's context.
     Opened { worker: WorkerId, stream: StreamId },
     /// How long the chain of this round came out: the driver's own (at most as long as was asked for), or one of the

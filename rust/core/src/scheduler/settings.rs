@@ -57,6 +57,8 @@ pub struct Settings {
     /// Whether drafts end by themselves where more is not worth it, and branches grow in order of their probability as far
     /// as time permits. Then chain length and budget bound them and are not chosen.
     pub ordered: bool,
+    /// Whether the first token is guessed, and drafted behind, while the target reads the prompt.
+    pub guess_first: bool,
     /// Whether all streams are always verified together: nobody goes ahead while another waits for a draft.
     pub together: bool,
     /// Number of draft workers that may come.

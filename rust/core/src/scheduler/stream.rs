@@ -83,6 +83,8 @@ pub struct Past {
     pub length: u32,
     /// Class of the chain.
     pub class: Class,
+    /// Whether it was a prefill.
+    pub prompt: bool,
     /// Whether its rank was learnt already.
     pub ranked: bool,
 }
@@ -164,12 +166,28 @@ impl Stream {
     }
 
     /// Notes how the present round came out and starts the next.
+    pub fn close_prompt(&mut self, token: Option<u32>) {
+        self.close_round(0, token, &Chain::EMPTY, 0);
+        if let Some(past) = self.past.last_mut() {
+            past.prompt = true;
+        }
+    }
+
+    /// The same after a verification.
     pub fn close_round(&mut self, accepted: u32, token: Option<u32>, chain: &Chain, length: u32) {
         if self.past.len() == PAST {
             self.past.remove(0);
         }
         let ranked = token.is_none();
-        self.past.push(Past { round: self.round, accepted, token, length, class: chain.class(), ranked });
+        self.past.push(Past {
+            round: self.round,
+            accepted,
+            token,
+            length,
+            class: chain.class(),
+            prompt: false,
+            ranked,
+        });
         self.round += 1;
         self.fast = None;
     }

@@ -21,6 +21,16 @@ impl Rounds {
             Event::Join { limit: 0, stream } => {
                 Err(Error::value("limit", format!("at least 1 token for stream {stream}"), 0))
             }
+            Event::Prefilled { token, fast, .. } => {
+                expectation("fast", *fast)?;
+                match token.filter(|token| *token >= self.settings.vocabulary) {
+                    Some(token) => {
+                        let allowed = format!("a token below the vocabulary of {}", self.settings.vocabulary);
+                        Err(Error::value("token", allowed, token))
+                    }
+                    None => Ok(()),
+                }
+            }
             Event::Verified { batch, seconds, rows } => {
                 duration("seconds", *seconds)?;
                 self.check_rows(*batch, rows)
@@ -78,9 +88,7 @@ impl Rounds {
                 let allowed = format!("{whole} emitted tokens, fewer (at least 1) only where the stream finished");
                 return Err(Error::value(&name, allowed, verdict.emitted));
             }
-            if let Some(fast) = verdict.fast.filter(|fast| !(0.0..f64::INFINITY).contains(fast)) {
-                return Err(Error::value(&name, "a finite number of tokens >= 0 of the driver's own draft, or none", fast));
-            }
+            expectation(&name, verdict.fast)?;
             if verdict.token >= self.settings.vocabulary {
                 let allowed = format!("a token below the vocabulary of {}", self.settings.vocabulary);
                 return Err(Error::value(&name, allowed, verdict.token));
@@ -105,5 +113,15 @@ impl Rounds {
                 .batch
                 .as_ref()
                 .is_some_and(|batch| batch.rows.iter().any(|(row, life)| row.stream == id && *life == stream.life))
+    }
+}
+
+/// Tokens that the driver expects of its own draft.
+fn expectation(name: &str, fast: Option<f64>) -> Result<()> {
+    match fast.filter(|fast| !(0.0..f64::INFINITY).contains(fast)) {
+        Some(fast) => {
+            Err(Error::value(name, "a finite number >= 0 of tokens of the driver's own draft, or none", fast))
+        }
+        None => Ok(()),
     }
 }

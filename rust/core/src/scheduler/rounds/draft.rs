@@ -3,7 +3,7 @@
 use super::{Cached, Rounds};
 use crate::rng::{Purpose, uniform};
 use crate::scheduler::choose::Group;
-use crate::scheduler::event::{Command, Entry, Handle, Source, StreamId, WorkerId};
+use crate::scheduler::event::{Command, Entry, Handle, Row, Source, StreamId, WorkerId};
 use crate::scheduler::handles::Arrival;
 use crate::scheduler::learn::{Class, expected};
 use crate::scheduler::settings::Fallback;
@@ -35,7 +35,7 @@ impl Rounds {
             let Some(stream) = self.streams.get(id) else { continue };
             let want = stream.most().min(self.plan.length).min(self.settings.depth);
             let prompt = stream.worker.is_some_and(|worker| self.workers.is_prompt(worker));
-            let (opened, first) = (stream.opened, stream.last().is_some_and(|past| past.token.is_none()));
+            let (opened, first) = (stream.opened, stream.last().is_some_and(|past| past.prompt));
             match short {
                 _ if want == 0 => {
                     self.waste(short.map(|entry| entry.handle));
@@ -119,7 +119,13 @@ impl Rounds {
         let shorts = missing.len() - misses;
         let extent = self.learner.extent(Class::Drafted, 0, self.plan.length.min(self.settings.depth));
         let wait = self.latency.fallback(extent);
-        let group = Group { ready: (ready + shorts) as f64, missing: misses as f64, wait, draft: wait, fast: all_told.then(|| sum / told as f64) };
+        let group = Group {
+            ready: (ready + shorts) as f64,
+            missing: misses as f64,
+            wait,
+            draft: wait,
+            fast: all_told.then(|| sum / told as f64),
+        };
         let [waiting, ahead, quickly] = self.known(rows).values(&self.plan, &group);
         waiting.max(ahead) >= quickly + SURELY * misses as f64
     }
@@ -163,8 +169,13 @@ impl Rounds {
             return self.ignore();
         };
         stream.opened = true;
-        if matches!(stream.state, State::Opening { .. }) {
-            self.start(&[id]);
+        match stream.state {
+            State::Opening { .. } => self.start(&[id]),
+            State::Prefilling if self.settings.guess_first => {
+                let round = stream.round;
+                self.build(&Row { stream: id, round, source: Source::Empty, handle: None, length: 0 });
+            }
+            _ => {}
         }
     }
 
@@ -178,7 +189,9 @@ impl Rounds {
             let stream = self.streams.get(&id).filter(|stream| stream.worker == Some(worker));
             match stream.map(|stream| (&stream.state, stream)) {
                 _ if arrival == Arrival::Known => self.ignore(),
-                Some((State::Verifying { .. }, stream)) if stream.round == round => self.keep(key, cached),
+                Some((State::Verifying { .. } | State::Prefilling, stream)) if stream.round == round => {
+                    self.keep(key, cached);
+                }
                 Some((State::Awaiting { want, partial, .. }, stream))
                     if stream.last().is_some_and(|past| {
                         (past.round, past.accepted, past.token) == (round, key.accepted, Some(key.token))

@@ -170,7 +170,7 @@ impl Rounds {
             Event::Abort { stream } => self.abort(stream),
             Event::Preempt { stream } => self.preempt(stream),
             Event::Resume { stream } => self.resume(stream),
-            Event::Prefilled { stream, finished } => self.prefilled(stream, finished),
+            Event::Prefilled { stream, finished, token, fast } => self.prefilled(stream, finished, token, fast),
             Event::Fast { stream, round, length } => self.fast(stream, round, length),
             Event::Verified { batch, seconds, rows } => self.verified(batch, seconds, &rows),
             Event::Opened { worker, stream } => self.opened(worker, stream),

@@ -4,13 +4,14 @@ use super::{Batch, Cached, Rounds};
 use crate::rng::{Purpose, uniform};
 use crate::scheduler::batch::{self, Next};
 use crate::scheduler::event::{BatchId, Command, Reason, Row, Source, StreamId, Verdict};
+use crate::scheduler::learn::Class;
 use crate::scheduler::settings::Settings;
 use crate::scheduler::stats::Cause;
 use crate::scheduler::stream::{Build, Chain, State};
 
 impl Rounds {
     /// The first token is out: the stream wants a chain.
-    pub(super) fn prefilled(&mut self, id: StreamId, finished: bool) {
+    pub(super) fn prefilled(&mut self, id: StreamId, finished: bool, token: Option<u32>, fast: Option<f64>) {
         let Some(place) = self.target.prefills.iter().position(|(stream, _)| *stream == id) else {
             return self.ignore();
         };
@@ -18,7 +19,9 @@ impl Rounds {
         self.target.free_since = self.now;
         let Some(stream) = self.streams.get_mut(&id).filter(|stream| stream.life == life) else { return };
         stream.emitted += 1;
-        stream.close_round(0, None, &Chain::EMPTY, 0);
+        stream.expects = fast;
+        let round = stream.round;
+        stream.close_prompt(token);
         let over = stream.remaining() == 0;
         let goes_on = stream.state == State::Prefilling;
         self.stats.prefills += 1;
@@ -28,7 +31,18 @@ impl Rounds {
         } else if over {
             self.finish(id, Reason::Limit);
         } else if goes_on {
-            self.start(&[id]);
+            stream.cause = Cause::Start;
+            stream.hit = None;
+            let mut missing = Vec::new();
+            match token {
+                Some(token) => self.look_up(id, round, 0, token, Class::Fast, &mut missing),
+                None => {
+                    let left = self.cache.retire(id, round);
+                    self.waste_all(left);
+                    missing.push((id, None));
+                }
+            }
+            self.answer_misses(&missing);
         }
         // Otherwise it was preempted meanwhile: the token counts, and a resumed stream is prefilled again.
     }
@@ -95,23 +109,35 @@ impl Rounds {
         if !matches!(stream.state, State::Verifying { .. }) {
             return; // preempted while it was verified
         }
-        // A build that was to guess this outcome, or none: then there is nothing to look up.
+        self.look_up(id, row.round, verdict.accepted, verdict.token, chain.class(), missing);
+    }
+
+    /// The outcome of a round is known: its entry is the next chain, if there is one.
+    fn look_up(
+        &mut self,
+        id: StreamId,
+        round: u64,
+        accepted: u32,
+        token: u32,
+        class: Class,
+        missing: &mut Vec<(StreamId, Option<Cached>)>,
+    ) {
+        let Some(stream) = self.streams.get(&id) else { return };
         let (built, worker, opened) = (stream.build, stream.worker, stream.opened);
         let want = stream.most().min(self.plan.length).min(self.settings.depth);
-        let key = Self::key(id, row.round, verdict.accepted, verdict.token);
-        let found = self.cache.take(&key);
-        let left = self.cache.retire(id, row.round);
-        let asked = found.is_some() || !left.is_empty() || built.is_some_and(|build| build.round == row.round);
+        let found = self.cache.take(&Self::key(id, round, accepted, token));
+        let left = self.cache.retire(id, round);
+        let asked = found.is_some() || !left.is_empty() || built.is_some_and(|build| build.round == round);
         self.waste_all(left);
+        // A build that was to guess this outcome, or none: then there was nothing to look up.
         if asked && want > 0 {
             let Some(stream) = self.streams.get_mut(&id) else { return };
             self.stats.lookup(stream.hit, found.is_some());
-            self.learner.lookup(chain.class(), found.is_some());
+            self.learner.lookup(class, found.is_some());
             stream.hit = Some(found.is_some());
         }
         if let Some(worker) = worker.filter(|_| opened) {
             let handle = found.map(|entry| entry.handle);
-            let (round, accepted, token) = (row.round, verdict.accepted, verdict.token);
             self.out.push(Command::Outcome { worker, stream: id, round, accepted, token, handle });
         }
         match found {
@@ -235,11 +261,15 @@ impl Rounds {
     }
 
     /// Has the outcomes of a round that is being verified guessed, if another chain will be wanted after it.
-    fn build(&mut self, row: &Row) {
+    pub(super) fn build(&mut self, row: &Row) {
         let patience = self.waits(self.plan.length).1;
         let Some(stream) = self.streams.get(&row.stream) else { return };
         let Some(worker) = stream.worker.filter(|_| stream.opened) else { return };
-        let State::Verifying { chain, .. } = stream.state else { return };
+        let chain = match stream.state {
+            State::Verifying { chain, .. } => chain,
+            State::Prefilling => Chain::EMPTY,
+            _ => return,
+        };
         // After the worst outcome one token is gone, and another follows every chain.
         let depth = u64::from(self.plan.length.min(self.settings.depth)).min(stream.remaining().saturating_sub(2));
         if depth == 0 || self.plan.budget == 0 {

@@ -16,6 +16,7 @@ fn config(fallback: Fallback, acceptance: f64, hit: f64) -> Config {
             patience: None,
             adaptive: false,
             ordered: false,
+            guess_first: false,
             together: false,
             workers: 1,
             vocabulary: 1000,

@@ -250,7 +250,10 @@ impl<'a> World<'a> {
                     self.streams[target][stream as usize].context.push(token);
                 }
                 let [t0, t1, t2] = self.config.times.target;
-                self.at(self.now + t0 + t1 + t2, Item::Tell(target, Event::Prefilled { stream, finished: false }));
+                self.at(
+                    self.now + t0 + t1 + t2,
+                    Item::Tell(target, Event::Prefilled { stream, finished: false, token: None, fast: None }),
+                );
             }
             Command::Open { worker, stream } => {
                 self.at(self.now + self.link(0), Item::Tell(target, Event::Opened { worker, stream }));
@@ -343,7 +346,14 @@ impl<'a> World<'a> {
             stream.chain.truncate(row.length as usize);
             tokens += row.length + 1;
             let (accepted, token) = (truth.accepted, truth.token);
-            verdicts.push(Verdict { stream: row.stream, accepted, token, emitted: accepted + 1, finished: false, fast: None });
+            verdicts.push(Verdict {
+                stream: row.stream,
+                accepted,
+                token,
+                emitted: accepted + 1,
+                finished: false,
+                fast: None,
+            });
             if self.config.log {
                 let counts = [row.length, accepted, accepted + 1];
                 let (source, ready) = (row.source.index() as u8, stream.ready);

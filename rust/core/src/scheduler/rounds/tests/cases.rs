@@ -13,6 +13,7 @@ fn settings() -> Settings {
         patience: Some(1.0),
         adaptive: false,
         ordered: false,
+        guess_first: false,
         together: false,
         workers: 1,
         vocabulary: 50,
@@ -27,7 +28,8 @@ fn started(settings: Settings, limit: u64) -> (Rounds, Row, Vec<u32>) {
     let commands = machine.handle(0.0, Event::Join { stream: 5, limit }).unwrap();
     assert_eq!(commands, [Command::Open { worker: 0, stream: 5 }, Command::Prefill { stream: 5 }]);
     machine.handle(0.1, Event::Opened { worker: 0, stream: 5 }).unwrap();
-    let commands = machine.handle(0.2, Event::Prefilled { stream: 5, finished: false }).unwrap();
+    let commands =
+        machine.handle(0.2, Event::Prefilled { stream: 5, finished: false, token: None, fast: None }).unwrap();
     let [Command::Draft { round: 0, accepted: 0, token: None, length, .. }] = commands[..] else {
         panic!("{commands:?}")
     };
@@ -91,7 +93,8 @@ fn e6_nothing_is_asked_for_beyond_the_limit() {
     for limit in 1..8 {
         let mut machine = Rounds::new(Settings { workers: 0, fallback: Fallback::Fast, ..settings() }).unwrap();
         machine.handle(0.0, Event::Join { stream: 5, limit }).unwrap();
-        let mut commands = machine.handle(0.1, Event::Prefilled { stream: 5, finished: false }).unwrap();
+        let mut commands =
+            machine.handle(0.1, Event::Prefilled { stream: 5, finished: false, token: None, fast: None }).unwrap();
         let (mut emitted, mut batch) = (1, 0);
         while let Some(row) = row_of(&commands) {
             batch += 1;
@@ -123,7 +126,7 @@ fn e8_a_number_used_again_starts_beyond_the_rounds_of_its_last_owner() {
     machine.handle(0.4, Event::Abort { stream: 5 }).unwrap();
     machine.handle(0.4, verified(1, 0, 1)).unwrap();
     machine.handle(0.5, Event::Join { stream: 5, limit: 9 }).unwrap();
-    machine.handle(0.6, Event::Prefilled { stream: 5, finished: false }).unwrap();
+    machine.handle(0.6, Event::Prefilled { stream: 5, finished: false, token: None, fast: None }).unwrap();
     assert_eq!(machine.handle(0.6, late).unwrap(), [Command::Discard { handles: vec![20] }]);
     let commands = machine.handle(0.7, Event::Opened { worker: 0, stream: 5 }).unwrap();
     assert!(matches!(commands[0], Command::Draft { round, .. } if round > row.round));
@@ -173,7 +176,7 @@ fn e10_small_budgets_small_vocabularies_and_short_chains() {
     let mut plain = Rounds::new(Settings { draft_length: 0, depth: 0, ..settings() }).unwrap();
     plain.handle(0.0, Event::WorkerReady { worker: 0 }).unwrap();
     assert_eq!(plain.handle(0.0, Event::Join { stream: 5, limit: 3 }).unwrap(), [Command::Prefill { stream: 5 }]);
-    let commands = plain.handle(0.1, Event::Prefilled { stream: 5, finished: false }).unwrap();
+    let commands = plain.handle(0.1, Event::Prefilled { stream: 5, finished: false, token: None, fast: None }).unwrap();
     assert_eq!(commands.len(), 1);
     assert_eq!(row_of(&commands).map(|row| (row.source, row.length)), Some((Source::Empty, 0)));
 }
@@ -191,8 +194,8 @@ fn e12_a_row_that_never_hits_does_not_redraft_the_others() {
         machine.handle(at(), Event::Join { stream, limit: 100 }).unwrap();
         machine.handle(at(), Event::Opened { worker: 0, stream }).unwrap();
     }
-    machine.handle(at(), Event::Prefilled { stream: 1, finished: false }).unwrap();
-    let _ = machine.handle(at(), Event::Prefilled { stream: 2, finished: false });
+    machine.handle(at(), Event::Prefilled { stream: 1, finished: false, token: None, fast: None }).unwrap();
+    let _ = machine.handle(at(), Event::Prefilled { stream: 2, finished: false, token: None, fast: None });
     let draft =
         |stream, handle| Event::Drafted { worker: 0, stream, round: 0, length: 3, handle, seconds: 0.01, held: 0 };
     let first = machine.handle(at(), draft(1, 1)).unwrap();
@@ -207,7 +210,9 @@ fn e12_a_row_that_never_hits_does_not_redraft_the_others() {
         return; // stream 1 went ahead alone: then nobody waits for anybody
     }
     machine.handle(at(), Event::Entries { worker: 0, stream: 1, round: 1, entries: vec![entry(0, 4, 3, 30)] }).unwrap();
-    let rows = [1, 2].map(|stream| Verdict { stream, accepted: 0, token: 4, emitted: 1, finished: false, fast: None }).to_vec();
+    let rows = [1, 2]
+        .map(|stream| Verdict { stream, accepted: 0, token: 4, emitted: 1, finished: false, fast: None })
+        .to_vec();
     let commands = machine.handle(at(), Event::Verified { batch: *id, seconds: 0.1, rows }).unwrap();
     let drafts: Vec<u32> = commands
         .iter()

@@ -32,6 +32,8 @@ struct Stream {
     /// The last outcome.
     round: Option<u64>,
     outcome: (u32, Option<u32>),
+    /// The token that its prefill will emit.
+    first: u32,
     stopped: bool,
 }
 
@@ -98,6 +100,7 @@ impl World {
             patience: None,
             adaptive: true,
             ordered: false,
+            guess_first: false,
             together: false,
             workers: 1,
             vocabulary: 4,
@@ -137,6 +140,7 @@ impl World {
             patience: [None, Some(0.01), Some(1.0)][world.below(3) as usize],
             adaptive: world.chance(50),
             ordered: world.chance(30),
+            guess_first: world.chance(50),
             together: world.chance(30),
             workers: world.below(4) as u32,
             vocabulary: 2 + world.below(4) as u32,
@@ -182,6 +186,8 @@ impl World {
                 assert!(!its.paused);
                 assert!(!self.prefills.iter().any(|(id, _)| *id == stream), "two prefills of one stream");
                 self.prefills.push((stream, its.life));
+                let first = self.below(u64::from(self.settings.vocabulary)) as u32;
+                self.streams.get_mut(&stream).unwrap().first = first;
             }
             Command::Verify { batch, rows } => self.verify(batch, rows),
             Command::Open { worker, stream } => {
@@ -319,10 +325,20 @@ impl World {
     fn build(&mut self, worker: u32, stream: u32, round: u64, fan_out: &[u32], depth: u32) {
         let its = &self.streams[&stream];
         let (life, remaining) = (its.life, its.limit - its.emitted);
-        let (_, rows, verdicts) = self.batch.as_ref().expect("builds go with a verification");
-        let row = rows.iter().find(|row| row.stream == stream).expect("of a row that is out");
-        let truth = verdicts.iter().find(|(verdict, _)| verdict.stream == stream).unwrap().0;
-        assert_eq!((row.round, fan_out.len()), (round, row.length as usize + 1));
+        // Builds go with a verification or a prefill.
+        let reads = self.prefills.iter().any(|(id, of)| (*id, *of) == (stream, life));
+        let (length, truth) = if reads {
+            assert!(self.settings.guess_first);
+            assert_eq!(self.machine.round_of(stream), Some(round));
+            (0, (0, its.first))
+        } else {
+            let (_, rows, verdicts) = self.batch.as_ref().expect("a verification is out");
+            let row = rows.iter().find(|row| row.stream == stream).expect("of a row that is out");
+            assert_eq!(row.round, round);
+            let truth = verdicts.iter().find(|(verdict, _)| verdict.stream == stream).unwrap().0;
+            (row.length, (truth.accepted, truth.token))
+        };
+        assert_eq!(fan_out.len(), length as usize + 1);
         let branches: u32 = fan_out.iter().sum();
         assert!((1..=self.settings.budget).contains(&branches));
         assert!(depth >= 1 && depth <= self.settings.depth.min(self.settings.draft_length));
@@ -334,9 +350,9 @@ impl World {
             let start = self.below(u64::from(self.settings.vocabulary)) as u32;
             keys.extend((0..guesses).map(|i| (accepted as u32, (start + i) % self.settings.vocabulary)));
         }
-        if self.chance(60) && !keys.contains(&(truth.accepted, truth.token)) {
+        if self.chance(60) && !keys.contains(&truth) {
             let place = self.below(keys.len() as u64) as usize;
-            keys[place] = (truth.accepted, truth.token);
+            keys[place] = truth;
         }
         let grows = self.chance(30);
         let mut known: HashMap<(u32, u32), Handle> = HashMap::new();
@@ -393,15 +409,18 @@ impl World {
             let place = self.below(self.prefills.len() as u64) as usize;
             let (id, life) = self.prefills.remove(place);
             let finished = self.chance(2);
+            // Of a driver that guesses; now and then it keeps the token to itself all the same.
+            let says = self.settings.guess_first && self.chance(90);
+            let token = self.streams.get(&id).filter(|stream| says && stream.life == life).map(|stream| stream.first);
             if let Some(stream) = self.streams.get_mut(&id).filter(|stream| stream.life == life) {
                 let next = stream.round.map_or(0, |round| round + 1).max(self.last_round.get(&id).map_or(0, |r| r + 1));
                 stream.emitted += 1;
                 stream.stopped = finished;
                 // The machine numbers prefills itself: the next draft or verification tells; see `sync`.
                 stream.round = Some(next);
-                stream.outcome = (0, None);
+                stream.outcome = (0, token);
             }
-            self.give_prefilled(id, life, finished);
+            self.give_prefilled(id, life, finished, token);
         } else if let Some((id, rows, verdicts)) = self.batch.take() {
             let seconds = self.seconds();
             for (verdict, life) in &verdicts {
@@ -435,14 +454,15 @@ impl World {
         }
     }
 
-    fn give_prefilled(&mut self, id: u32, life: u64, finished: bool) {
+    fn give_prefilled(&mut self, id: u32, life: u64, finished: bool, token: Option<u32>) {
         // Which number the machine gave this round: that of the stream, which counts on.
         if let (Some(stream), Some(round)) = (self.streams.get_mut(&id), self.machine.round_of(id))
             && stream.life == life
         {
             stream.round = Some(round);
         }
-        self.give(Event::Prefilled { stream: id, finished });
+        let fast = self.chance(50).then(|| self.below(80) as f64 / 10.0);
+        self.give(Event::Prefilled { stream: id, finished, token, fast });
     }
 
     fn join(&mut self) {
@@ -460,6 +480,7 @@ impl World {
             paused: false,
             round: None,
             outcome: (0, None),
+            first: 0,
             stopped: false,
         };
         self.streams.insert(id, stream);
