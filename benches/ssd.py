@@ -1,11 +1,13 @@
 """Plain, speculative and speculative speculative decoding of the default pair, side by side, as an honest report asks.
 
-    python -m benches.ssd [--prompts 12] [--new-tokens 128] [--temperature 0 0.8] [--json]
+    python -m benches.ssd [--prompts 12] [--samples 3] [--new-tokens 128] [--temperature 0 0.8] [--json]
 
 One sequence at a time. The target's process has one thread and the draft's process the other core; plain and
 speculative decoding are also run with two threads. Chain length, budget and the rest of each method are tuned (or
 learnt) on other prompts than those that are timed. The modes take turns on every prompt, in an order that reverses from
-prompt to prompt; speeds include the prompt. Intervals are bootstraps over prompts.
+prompt to prompt; speeds include the prompt. Where tokens are sampled, ways that draw other numbers write other texts,
+some easier to draft than others: every prompt is then continued several times, and its speed is that of all of them.
+Intervals are bootstraps over prompts.
 
 At temperature 0 every mode's tokens must be plain decoding's; sampled, those of the engine must be those of the engine
 without drafts (the coupled rule), and the others follow the same law with other numbers.
@@ -125,8 +127,8 @@ class Contest:
                 del self.modes[name]
         return found
 
-    def run(self, prompts: list[list[int]]) -> dict[str, Any]:
-        """The timed rounds."""
+    def run(self, prompts: list[list[int]], samples: int) -> dict[str, Any]:
+        """The timed rounds: every prompt `samples` times, with other random numbers."""
         from tqdm import tqdm
 
         from tilewise.hf.engine import EngineStats
@@ -135,16 +137,21 @@ class Contest:
         speeds: dict[str, list[float]] = {name: [] for name in self.modes}
         same = dict.fromkeys(self.modes, True)
         for index, prompt in enumerate(tqdm(prompts, unit="prompt", disable=not sys.stderr.isatty())):
-            made = {}
-            names = list(self.modes) if index % 2 else list(reversed(self.modes))
-            for name in names:
-                seconds, made[name] = timed(lambda name=name: self.modes[name](prompt, index))  # noqa: B023
-                speeds[name].append(len(made[name]) / seconds)
-            want = made["plain, 1 thread"]
-            if self.temperature:
-                want = self.alone.generate([prompt], self.count, request=index)[0].tokens
-            for name in names:
-                same[name] &= made[name] == want
+            spent = dict.fromkeys(self.modes, 0.0)
+            for request in range(index * samples, (index + 1) * samples):
+                made = {}
+                for name in list(self.modes) if request % 2 else list(reversed(self.modes)):
+                    seconds, made[name] = timed(
+                        lambda name=name, request=request: self.modes[name](prompt, request)  # noqa: B023
+                    )
+                    spent[name] += seconds
+                want = made["plain, 1 thread"]
+                if self.temperature:
+                    want = self.alone.generate([prompt], self.count, request=request)[0].tokens
+                for name in made:
+                    same[name] &= made[name] == want
+            for name, seconds in spent.items():
+                speeds[name].append(samples * self.count / seconds)
         stats = self.generator.stats
         stats.machine = self.generator._machine.stats()
         base, serial = (
@@ -189,7 +196,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         contest = Contest(pair, temperature, options.new_tokens)
         try:
             tuned = contest.tune(tuning)
-            found = contest.run(testing)
+            found = contest.run(testing, options.samples if temperature else 1)
         finally:
             contest.close()
         rows = found["rows"]
@@ -244,6 +251,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--samples", type=int, default=3, help="continuations of a prompt, where tokens are sampled")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.8])
     parser.add_argument("--json", action="store_true")

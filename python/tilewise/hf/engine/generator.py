@@ -23,7 +23,7 @@ from tilewise.hf.generate import as_prompt, check_model, model_sizes, step_threa
 from tilewise.hf.runners import runners
 from tilewise.hf.tokenizers import Tokenizer
 from tilewise.scheduler import Rounds
-from tilewise.speculation import MixtureDraft, NGramDraft, SuffixDraft
+from tilewise.speculation import MixtureDraft, SuffixDraft
 
 __all__ = ["SpeculativeGenerator"]
 
@@ -271,7 +271,7 @@ class SpeculativeGenerator(Loop):
                 each.result.reason = "limit"
                 continue
             if self._lookup:
-                each.lookup = MixtureDraft([NGramDraft(), SuffixDraft()], learnt=self._lookups)
+                each.lookup = MixtureDraft([SuffixDraft()], learnt=self._lookups)
                 each.longest = self._longest
                 self._lookups = each.lookup
             self._requests[each.stream] = each

@@ -35,7 +35,7 @@ from tilewise.hf.engine.odds import Odds
 from tilewise.hf.engine.rules import Law, Rule, Settings, rule_of
 from tilewise.hf.runners import Runner, runners
 
-_EARLY = 0.6
+_EARLY = 0.5
 """When the target is not expected yet: before this share of the usual time nothing is sent."""
 
 __all__ = ["Worker", "main", "pack_model", "unpack_model"]
