@@ -114,6 +114,8 @@ def test_a_mixture_speaks_for_the_source_that_is_right() -> None:
 
 
 def test_bad_input_is_named() -> None:
+    with pytest.raises(ArgumentError, match="learnt: expected a mixture of 1 sources"):
+        MixtureDraft([SuffixDraft()], learnt=MixtureDraft([SuffixDraft(), NGramDraft()]))
     draft = NGramDraft()
     for call, error, message in [
         (lambda: NGramDraft(0), ArgumentError, r"longest: expected an integer in \[1, 64\], got 0"),

@@ -20,6 +20,7 @@ from tilewise.hf.engine import EngineStats, SpeculativeGenerator, custom_generat
 from tilewise.hf.generate import SpeculativeDecoder  # noqa: E402
 from tilewise.hf.testing import random_draft  # noqa: E402
 from tilewise.hf.tokenizers import ByteTokenizer  # noqa: E402
+from tilewise.speculation import Proposal  # noqa: E402
 
 pytestmark = pytest.mark.timeout(180)
 PROMPTS = [[10, 20, 30, 40], [7], [200, 3, 77, 77, 77, 5, 1], [10, 20, 30, 40]]
@@ -70,6 +71,7 @@ def test_P2_greedy_is_plain_greedy(pair, slow):
         assert result.tokens == plain(pair, prompt, 60) and result.reason == "limit"
         assert result.text == ByteTokenizer().decode(result.tokens)
     assert slow.stats.hit_rate > 0.3  # drafts made ahead were used
+    assert slow.stats.machine["hits"]["first"] > 0  # also those made while the prompt was read
     assert slow.stats.tokens == 240 == sum(each.accepted + 1 for each in slow.stats.records) + len(PROMPTS)  # P4
 
 
@@ -215,6 +217,37 @@ def test_without_a_draft_look_ups_are_drafts(pair):
         [result] = generator.generate([prompt], 80)
         assert result.tokens == plain(pair, prompt, 80)
         assert set(generator.stats.accepted) <= {"fast", "none"}
+
+
+def test_look_ups_go_on_behind_the_drafts_own_tokens(pair, monkeypatch):
+    prompt, count = [1, 2, 3, 4, 5, 6], 120
+    whole = prompt + plain(pair, prompt, count)
+
+    class Knows:
+        """Looks up what will come."""
+
+        def __init__(self):
+            self.length = 0
+
+        def extend(self, tokens):
+            self.length += len(tokens)
+
+        def guess(self, count, after=()):
+            at = self.length + len(after)
+            return Proposal(whole[at : at + count], 8)
+
+        def __len__(self):
+            return self.length
+
+    monkeypatch.setattr("tilewise.hf.engine.generator.SuffixDraft", Knows)
+    monkeypatch.setattr("tilewise.hf.engine.loop.Loop._least", 0.001)  # however long a verification takes
+    with SpeculativeGenerator(*pair, draft_length=9, depth=2, fallback="neural") as generator:
+        assert generator.wait_until_ready()
+        for _ in range(2):
+            [result] = generator.generate([prompt], count)
+            assert prompt + result.tokens == whole
+        chains = [each for each in generator.stats.records if each.source in ("cached", "drafted")]
+        assert 2 < max(each.accepted for each in chains) <= max(each.length for each in chains) <= 9
 
 
 @pytest.mark.parametrize("after", [0.0, 0.01, 0.03, 0.08])

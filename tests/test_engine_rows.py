@@ -164,6 +164,35 @@ def test_a_given_chain_and_its_guesses():
         assert not refused & {(0, 1), (1, 2), (2, 3)}
 
 
+@pytest.mark.parametrize("settled", [None, 2, 4])
+def test_looked_up_tokens_behind_the_drafts_own(settled):
+    """The guesses after each token are those of the whole chain, whether the draft has fed its last token or not."""
+    start, rule = start_of("lean"), rule_of(Settings(), 256)
+    with torch.inference_mode():
+        guesser = guesser_of(start, rule)
+        guesser.open(TRUNK)
+        guesser.draft(3, [])
+        if settled is not None:
+            guesser.begin(0, [2] * 4, 4)
+            while not guesser.build.done:
+                guesser.step()
+            taken = guesser.build.branches[1]
+            guesser.settle(guesser.committed, [*guesser.chain[: taken.accepted], taken.token], settled)
+        own = guesser.chain
+        guesser.extend([7, 8, 9])
+        assert guesser.chain == [*own, 7, 8, 9] and len(guesser.orders) == len(own) + 4
+        for accepted, order in enumerate(guesser.orders):
+            assert order[0] == logits_after(start, guesser.tokens[: guesser.committed + accepted]).argmax()
+        guesser.begin(1, [2] * 7, 2)
+        while not guesser.build.done:
+            guesser.step()
+        for branch in guesser.build.branches:
+            other = guesser_of(start, rule)
+            other.open([*guesser.tokens[: guesser.committed + branch.accepted], branch.token])
+            other.draft(2, [])
+            assert branch.tokens == other.chain
+
+
 def test_E17_no_draft_beyond_the_positions_the_model_knows():
     start, rule = start_of("lean"), rule_of(Settings(), 256)
     with torch.inference_mode():

@@ -143,6 +143,8 @@ class Enumeration:
             for stream, accepted, token, *_ in event[3]:
                 kept = tuple(drafted for drafted, _ in world.chains[stream][:accepted])
                 world.texts[stream] += (*kept, token)
+        if event[0] == "prefilled":
+            world.texts[event[1]] = (0,)  # every prompt's first token
         worlds = [world]
         for command in world.rounds.handle(now, event):
             worlds = [after for before in worlds for after in self.obey(before, now, command)]
@@ -151,8 +153,9 @@ class Enumeration:
     def obey(self, world: World, now: float, command: tuple[Any, ...]) -> Iterator[World]:
         kind = command[0]
         if kind == "prefill":
-            world.texts[command[1]] = (0,)
-            world.later(now + 1, ("prefilled", command[1], False, None, None))
+            world.texts[command[1]] = ()
+            guessed = self.settings.get("guess_first", False)
+            world.later(now + (3 if guessed else 1), ("prefilled", command[1], False, 0 if guessed else None, None))
         elif kind == "open":
             world.later(now, ("opened", command[1], command[2]))
         elif kind == "verify":
@@ -226,13 +229,18 @@ class Enumeration:
                 yield after
             return
         _, worker, stream, number, _, _, fan_out, depth = command
-        truth = self.coming(world, stream)
-        text, chain = world.texts[stream], [token for token, _ in world.chains[stream]]
-        keys = [
-            (k, token)
-            for k, count in enumerate(fan_out)
-            for token in self.models.guesses(text + tuple(chain[:k]), chain[k] if k < len(chain) else None, count)
-        ]
+        text = world.texts[stream]
+        if text:
+            truth = self.coming(world, stream)
+            chain = [token for token, _ in world.chains[stream]]
+            keys = [
+                (k, token)
+                for k, count in enumerate(fan_out)
+                for token in self.models.guesses(text + tuple(chain[:k]), chain[k] if k < len(chain) else None, count)
+            ]
+        else:  # the prompt is being read
+            truth, chain = (0, 0), []
+            keys = [(0, token) for token in range(fan_out[0])]
         if truth not in keys:
             yield world
             return
@@ -288,6 +296,8 @@ MODES = {
     "late builds": {"budget": 50, "fallback": "neural", "late": 8.5},
     "late builds, fast": {"budget": 2, "fallback": "fast", "late": 8.5},
     "no worker": {"workers": 0, "fallback": "fast"},
+    "first token guessed": {"budget": 2, "fallback": "neural", "guess_first": True},
+    "first token guessed, late": {"budget": 2, "fallback": "fast", "guess_first": True, "late": 1.5},
     "adaptive lengths": {"budget": 2, "fallback": "adaptive", "adaptive": True},
 }
 
@@ -299,6 +309,8 @@ def test_P3_law_of_whole_runs(mode: str, saguaro: float) -> None:
     sources = {source for way in found.ways for source in way}
     if mode == "all hit":
         assert all(set(way[1:-1]) <= {"cached"} for way in found.ways), found.ways
+    elif mode.startswith("first token guessed"):
+        assert all(way[0] == "cached" for way in found.ways), found.ways
     elif mode.startswith("mixed"):
         assert "cached" in sources and (sources & {"fast", "drafted"})
     elif mode == "no worker":

@@ -72,7 +72,8 @@ class Driver:
                 if source == "cached":
                     assert self.last[stream] == (of, accepted, token)
             accepted = (number * 7 + stream) % (length + 1)
-            verdicts.append((stream, accepted, (number + stream) % 5, accepted + 1, False, [None, 0.5, 4.0][number % 3]))
+            fast = [None, 0.5, 4.0][number % 3]
+            verdicts.append((stream, accepted, (number + stream) % 5, accepted + 1, False, fast))
         self.target.append(("verified", batch, 0.01, verdicts))
 
     def build(
@@ -221,3 +222,64 @@ def test_a_copy_goes_its_own_way() -> None:
     other = machine.copy()
     machine.handle(0.1, ("prefilled", 0, True, None, None))
     assert machine.stats()["finished"] == 1 and other.stats()["finished"] == 0
+
+
+def test_misses_are_answered_by_what_the_driver_expects_of_its_own_draft() -> None:
+    """The draft's chains are kept and take a fifth of a verification; the driver's are right or not, and it knows."""
+    machine = Rounds(draft_length=4, budget=0, workers=1, vocabulary=9, ordered=True)
+    now, handle, told = 0.0, 0, 0.0
+    chosen: dict[float, list[str]] = {0.0: [], 4.0: []}
+    commands = machine.handle(now, ("worker_ready", 0)) + machine.handle(now, ("join", 0, 2000))
+    commands += machine.handle(now, ("opened", 0, 0)) + machine.handle(now, ("prefilled", 0, False, None, told))
+    while sum(map(len, chosen.values())) < 160:
+        event: tuple[Any, ...] | None = None
+        for command in commands:
+            if command[0] == "draft":
+                handle, now = handle + 1, now + 0.02
+                event = ("drafted", 0, 0, command[3], command[6], handle, 0.02, 0)
+            if command[0] == "verify":
+                [(_, _, source, _, length)] = command[2]
+                chosen[told].append(source)
+                accepted = length if source == "drafted" else min(length, int(told))
+                told, now = 4.0 - told, now + 0.1
+                event = ("verified", command[1], 0.1, [(0, accepted, 1, accepted + 1, False, told)])
+        assert event is not None
+        commands = machine.handle(now, event)
+    for told, answer in ((0.0, "drafted"), (4.0, "fast")):  # now and then something else is tried
+        assert chosen[told].count(answer) >= 0.85 * len(chosen[told])
+
+
+def test_the_first_token_is_guessed_while_the_prompt_is_read() -> None:
+    machine = Rounds(draft_length=3, budget=4, workers=1, vocabulary=9, fallback="neural", guess_first=True)
+    machine.handle(0.0, ("worker_ready", 0))
+    machine.handle(0.0, ("join", 7, 20))
+    assert machine.handle(0.1, ("opened", 0, 7)) == [("build", 0, 7, 0, "none", -1, [4], 3)]
+    machine.handle(0.2, ("entries", 0, 7, 0, [(0, 5, 3, 11, False), (0, 6, 3, 12, False)]))
+    other = machine.copy()
+    commands = machine.handle(0.3, ("prefilled", 7, False, 6, None))
+    assert commands[:3] == [("outcome", 0, 7, 0, 0, 6, 12), ("stop", 0, 7, 0), ("verify", 1, [(7, 1, "cached", 12, 3)])]
+    assert ("discard", [11]) in commands
+    # Another token, and a driver that does not say which: the draft is asked, and the guesses go.
+    for token in (4, None):
+        commands = other.copy().handle(0.3, ("prefilled", 7, False, token, None))
+        assert ("draft", 0, 7, 0, 0, -1 if token is None else token, 3) in commands
+        assert any(command[0] == "discard" and sorted(command[1]) == [11, 12] for command in commands)
+    for bad in ((9, None), (1, -1.0), (1, float("inf"))):
+        with pytest.raises(ArgumentError):
+            machine.handle(0.3, ("prefilled", 7, False, *bad))
+
+
+def test_the_drivers_own_tokens_may_follow_a_chain_of_the_models() -> None:
+    machine = Rounds(draft_length=3, budget=4, workers=1, vocabulary=9, fallback="neural", adaptive=False)
+    machine.handle(0.0, ("worker_ready", 0))
+    machine.handle(0.0, ("join", 7, 20))
+    machine.handle(0.1, ("opened", 0, 7))
+    machine.handle(0.2, ("prefilled", 7, False, None, None))
+    machine.handle(0.3, ("drafted", 0, 7, 0, 3, 11, 0.1, 0))
+    with pytest.raises(ArgumentError, match="at most 3 accepted"):
+        machine.handle(0.4, ("verified", 1, 0.1, [(7, 5, 2, 6, False, None)]))
+    machine.handle(0.35, ("fast", 7, 1, 6))
+    with pytest.raises(ArgumentError, match="at most 6 accepted"):
+        machine.handle(0.4, ("verified", 1, 0.1, [(7, 7, 2, 8, False, None)]))
+    machine.handle(0.4, ("verified", 1, 0.1, [(7, 5, 2, 6, False, None)]))
+    assert machine.stats()["tokens"] == 7 and machine.stats()["drafted"] == 6

@@ -273,7 +273,7 @@ class MixtureDraft:
         weighed = [self._weigh(source, guess, least) for source, guess in enumerate(guesses)]
         if self._by == "priority":
             return next((guess for guess in weighed if guess.tokens), weighed[0])
-        return max(weighed, key=lambda guess: guess.expected)  # of equal ones the first
+        return max(weighed, key=lambda guess: guess.expected or 0.0)  # of equal ones the first
 
     def _weigh(self, source: int, guess: Proposal, least: float) -> Proposal:
         """How many tokens will be right; those that will hardly be are left out."""
@@ -291,7 +291,7 @@ class MixtureDraft:
 
 
 def _tokens(tokens: Iterable[int]) -> list[int]:
-    if type(tokens) is list and set(map(type, tokens)) == {int} and 0 <= min(tokens) and max(tokens) < 2**32:
+    if type(tokens) is list and set(map(type, tokens)) == {int} and min(tokens) >= 0 and max(tokens) < 2**32:
         return tokens  # the usual case, without a detour over an array
     array = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens))
     if array.ndim != 1:

@@ -78,8 +78,9 @@ class Guesser:
         return max(0, self._context - length)
 
     def draft(self, count: int, laws: list[Law]) -> float:
-        """Make the chain `count` tokens long, with the draft's own; the laws of new ones are appended. Returns the chance
-        that all of it is kept, where that can be told (otherwise 1).
+        """Make the chain `count` tokens long, with the draft's own; the laws of new ones are appended.
+
+        Returns the chance that all of it is kept, 1 where that cannot be told.
 
         Where drafts may be chosen by what is drafted, it ends once a token more is not worth its time.
         """

@@ -220,9 +220,12 @@ class Loop:
             if source in ("cached", "drafted"):
                 tokens, laws, share = self._contents.pop(handle)
                 chain = tokens[:length]
-                if self._rule.free and length == len(tokens) and (behind := request.look_up_behind(chain, share, self._least)):
+                if self._rule.free and length == len(tokens):
+                    # Building was cut off by time, mostly; what is looked up behind costs none.
+                    behind = request.look_up_behind(chain, share, self._least)
                     chain = chain + behind
-                    self._tell(("fast", stream, number, len(chain)))
+                    if behind:
+                        self._tell(("fast", stream, number, len(chain)))
                 request.chains[number] = Chain(chain, None if laws is None else laws[:length], length)
                 if handle in self._whole and length == len(tokens):
                     request.ended.add(number)
@@ -251,7 +254,8 @@ class Loop:
         made_there = source in ("cached", "drafted") and self._drafts.made(worker, handle)
         given = None if made_there or not chain else chain
         self._building[worker, stream, number] = time.perf_counter()
-        self._drafts.send(worker, "build", stream, number, *self._news(worker, stream), given, chain[own:], fan_out, depth)
+        news = self._news(worker, stream)
+        self._drafts.send(worker, "build", stream, number, *news, given, chain[own:], fan_out, depth)
 
     def _do_draft(self, worker: int, stream: int, number: int, accepted: int, token: int, length: int) -> None:
         self._asked[worker, stream, number] = time.perf_counter(), length
