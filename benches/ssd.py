@@ -4,7 +4,8 @@
 
 One sequence at a time. The target's process has one thread and the draft's process the other core; plain and
 speculative decoding are also run with two threads. Chain length, budget and the rest of each method are tuned (or
-learnt) on other prompts than those that are timed. The modes take turns on every prompt, in an order that reverses from
+learnt) on other prompts than those that are timed. "ssd" also looks up what the text so far suggests, on misses and
+behind its chains; "ssd without look-ups" is the draft model alone, as "speculative" is. The modes take turns on every prompt, in an order that reverses from
 prompt to prompt; speeds include the prompt. Where tokens are sampled, ways that draw other numbers write other texts,
 some easier to draft than others: every prompt is then continued several times, and its speed is that of all of them.
 Intervals are bootstraps over prompts.
@@ -42,6 +43,10 @@ def interval(ratios: list[float], seed: int = 0) -> tuple[float, float, float]:
     return statistics.median(ratios), *map(float, np.quantile(medians, [0.025, 0.975]))
 
 
+OURS = ("ssd", "ssd without look-ups", "look-up drafts")
+"""Modes of the engine: coupled, so that they write the same text."""
+
+
 class Contest:
     """The modes of one temperature."""
 
@@ -50,6 +55,9 @@ class Contest:
 
         self.pair, self.temperature, self.count = pair, temperature, new_tokens
         self.generator = SpeculativeGenerator(pair.target, pair.draft, temperature=temperature, threads=1)
+        self.pure = SpeculativeGenerator(
+            pair.target, pair.draft, temperature=temperature, threads=1, lookup=False, fallback="neural"
+        )
         self.alone = SpeculativeGenerator(pair.target, draft_length=0, lookup=False, temperature=temperature, threads=1)
         self.lookup = SpeculativeGenerator(pair.target, temperature=temperature, threads=1)
         self.modes: dict[str, Callable[[list[int], int], list[int]]] = {}
@@ -104,15 +112,19 @@ class Contest:
                     seconds = sum(timed(lambda p=p: run(p, 0))[0] for p in prompts[:4])  # noqa: B023
                     best = min(best, (seconds, rules), key=lambda pair: pair[0])
             found[f"speculative, {threads} thread{'s' * (threads > 1)}"] = best[1]
-        self.generator.wait_until_ready()
-        for prompt in prompts * 2:
-            self.generator.generate([prompt], self.count)
+        for engine in (self.generator, self.pure):
+            engine.wait_until_ready()
+            for prompt in prompts * 2:
+                engine.generate([prompt], self.count)
         self.modes = {
             "plain, 1 thread": self.decoder(1),
             "plain, 2 threads": self.decoder(2),
             "speculative, 1 thread": self.decoder(1, **found["speculative, 1 thread"]),
             "speculative, 2 threads": self.decoder(2, **found["speculative, 2 threads"]),
             "ssd": lambda prompt, request: self.generator.generate([prompt], self.count, request=request)[0].tokens,
+            "ssd without look-ups": lambda prompt, request: (
+                self.pure.generate([prompt], self.count, request=request)[0].tokens
+            ),
             "look-up drafts": lambda prompt, request: (
                 self.lookup.generate([prompt], self.count, request=request)[0].tokens
             ),
@@ -164,13 +176,13 @@ class Contest:
                 "tokens_per_second": statistics.median(values),
                 "over_plain": interval([a / b for a, b in zip(values, base, strict=True)]),
                 "over_speculative": interval([a / b for a, b in zip(values, serial, strict=True)]),
-                "identical": same[name] if not self.temperature or name in ("ssd", "look-up drafts") else None,
+                "identical": same[name] if not self.temperature or name in OURS else None,
             }
         return {"rows": rows, "engine": stats.stats()}
 
     def close(self) -> None:
         """End the processes."""
-        for each in (self.generator, self.alone, self.lookup):
+        for each in (self.generator, self.pure, self.alone, self.lookup):
             each.close()
 
 
