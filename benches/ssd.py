@@ -5,10 +5,10 @@
 One sequence at a time. The target's process has one thread and the draft's process the other core; plain and
 speculative decoding are also run with two threads. Chain length, budget and the rest of each method are tuned (or
 learnt) on other prompts than those that are timed. "ssd" also looks up what the text so far suggests, on misses and
-behind its chains; "ssd without look-ups" is the draft model alone, as "speculative" is. The modes take turns on every prompt, in an order that reverses from
-prompt to prompt; speeds include the prompt. Where tokens are sampled, ways that draw other numbers write other texts,
-some easier to draft than others: every prompt is then continued several times, and its speed is that of all of them.
-Intervals are bootstraps over prompts.
+behind its chains; "ssd without look-ups" is the draft model alone, as "speculative" is. The modes take turns on every
+prompt, in an order that reverses from prompt to prompt; speeds include the prompt. Where tokens are sampled, ways that
+draw other numbers write other texts, some easier to draft than others: every prompt is then continued several times,
+and its speed is that of all of them. Intervals are bootstraps over prompts.
 
 At temperature 0 every mode's tokens must be plain decoding's; sampled, those of the engine must be those of the engine
 without drafts (the coupled rule), and the others follow the same law with other numbers.
@@ -109,7 +109,7 @@ class Contest:
                     rules = {"draft_length": length, "confidence": confidence}
                     run = self.decoder(threads, **rules)
                     run(prompts[0], 0)
-                    seconds = sum(timed(lambda p=p: run(p, 0))[0] for p in prompts[:4])  # noqa: B023
+                    seconds = sum(timed(lambda p=p: run(p, 0))[0] for p in prompts)  # noqa: B023
                     best = min(best, (seconds, rules), key=lambda pair: pair[0])
             found[f"speculative, {threads} thread{'s' * (threads > 1)}"] = best[1]
         for engine in (self.generator, self.pure):

@@ -230,8 +230,8 @@ def test_the_most_valuable_branches_grow(temperature):
         while not build.done:
             values, reach = {}, 1.0
             taken = {(branch.accepted, branch.token): branch for branch in build.branches}
-            for accepted in range(guesser.guessed):
-                tokens, odds, kept = guesser.odds_at(accepted)
+            for accepted, known in enumerate(guesser.all_odds()):
+                tokens, odds, kept = guesser.odds_at(accepted, known)
                 for token, odd in zip(tokens, odds, strict=True):
                     if (accepted, token) not in taken and reach * odd * worth.hit >= worth.branch:
                         values[accepted, token] = reach * odd * worth.hit
@@ -322,8 +322,9 @@ def test_a_worker_says_which_chains_ended_by_themselves(rule):
         while worker._building:
             worker._advance(0)
         worker._flush()
-    contents = {event[1]: event[2] for event in link.events if event[0] == "content"}
-    [entries] = [event[3] for event in link.events if event[0] == "entries"]
+    [found] = [event[3] for event in link.events if event[0] == "entries"]
+    entries = [entry for entry, _ in found]
+    contents = {entry[3]: content[0] for entry, content in found}
     assert len(entries) >= 6 and all(handle % 1024 == 5 and len(contents[handle]) == n for *_, n, handle, _ in entries)
     ended = {ended: [length for _, _, length, _, its in entries if its is ended] for ended in (True, False)}
     if rule == "coupled":

@@ -191,6 +191,8 @@ class MixtureDraft:
     """
 
     _LONGEST = 16
+    _SHORT = 8
+    """Tokens to look up first: often the chance that more are right is not worth looking."""
 
     def __init__(
         self,
@@ -267,13 +269,20 @@ class MixtureDraft:
         Raises:
             DtypeError, ArgumentError: as in :meth:`propose` and :meth:`extend`.
         """
-        guesses = [draft.guess(count, after) if after else draft.guess(count) for draft in self._sources]
+        short = min(count, self._SHORT) if least > 0.0 else count
+        guesses, weighed = self._guess(short, after, least)
+        if short < count and any(len(guess.tokens) == short for guess in weighed):
+            guesses, weighed = self._guess(count, after, least)
         if not after:
             self._open = guesses
-        weighed = [self._weigh(source, guess, least) for source, guess in enumerate(guesses)]
         if self._by == "priority":
             return next((guess for guess in weighed if guess.tokens), weighed[0])
         return max(weighed, key=lambda guess: guess.expected or 0.0)  # of equal ones the first
+
+    def _guess(self, count: int, after: Sequence[int], least: float) -> tuple[list[Proposal], list[Proposal]]:
+        """What every source proposes, and what remains of it."""
+        guesses = [draft.guess(count, after) if after else draft.guess(count) for draft in self._sources]
+        return guesses, [self._weigh(source, guess, least) for source, guess in enumerate(guesses)]
 
     def _weigh(self, source: int, guess: Proposal, least: float) -> Proposal:
         """How many tokens will be right; those that will hardly be are left out."""

@@ -168,12 +168,11 @@ class OrderedBuild(_Build):
         self._width = max(1, sum(fan_out))
         self._seeds: list[tuple[float, int, int, float]] = []  # a heap: -value, outcome, probability
         self._reach = 1.0
-        for accepted in range(guesser.guessed):
-            self._seed(accepted)
+        for accepted, odds in enumerate(guesser.all_odds()):
+            self._seed(accepted, odds)
 
-    def _seed(self, accepted: int) -> None:
-        guesser = self._guesser
-        tokens, odds, kept = guesser.odds_at(accepted)
+    def _seed(self, accepted: int, odds: list[float]) -> None:
+        tokens, odds, kept = self._guesser.odds_at(accepted, odds)
         reach = self._reach
         self._reach *= kept
         if self.depth == 0:
@@ -186,7 +185,7 @@ class OrderedBuild(_Build):
 
     def trunk_is_known(self) -> None:
         """See :class:`Build`."""
-        self._seed(self._guesser.guessed - 1)
+        self._seed(self._guesser.guessed - 1, self._guesser.all_odds()[-1])
 
     def _growing(self) -> list[Branch]:
         return [branch for branch in self.branches if not branch.ended and branch.reach >= self._guesser.worth.branch]

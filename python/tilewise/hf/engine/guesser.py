@@ -148,12 +148,13 @@ class Guesser:
         """For how many accepted lengths, from 0 on, there are guesses."""
         return len(self.orders)
 
-    def odds_at(self, accepted: int) -> tuple[list[int], list[float], float]:
+    def all_odds(self) -> list[list[float]]:
+        """Probabilities of the guesses after every accepted length, in the order of the guesses."""
+        return self._odds.of(np.array(self.scores)).tolist() if self.scores else []
+
+    def odds_at(self, accepted: int, odds: list[float]) -> tuple[list[int], list[float], float]:
         """Guesses after `accepted` tokens of the chain other than the next one, with their probabilities; and the
         probability of the next one."""
-        scores = self.scores[accepted]
-        assert scores is not None
-        odds = self._odds.of(scores[None])[0].tolist()
         place = self.committed + accepted
         following = self.tokens[place] if place < len(self.tokens) else -1
         tokens, others, kept = [], [], odds[-1] if following >= 0 else 0.0

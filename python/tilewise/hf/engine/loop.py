@@ -111,21 +111,18 @@ class Loop:
     def _listen(self) -> bool:
         """Takes what has come. Of an entry that came several times, longer each time, the scheduler sees the last."""
         heard = False
-        latest: dict[tuple[int, int, int], dict[tuple[int, int], list[Any]]] = {}
+        latest: dict[tuple[int, int, int], dict[tuple[int, int], tuple[Any, ...]]] = {}
         ended: dict[tuple[int, int, int], float] = {}
         for worker, event, arrays in self._drafts.receive():
             heard = True
             if event[0] == "entries":
                 key = (worker, event[1], event[2])
                 entries = latest.setdefault(key, {})
-                for entry in event[3]:
-                    known = entries.get((entry[0], entry[1]))
-                    if known is not None:
-                        self._contents.pop(known[3], None)
-                    entries[entry[0], entry[1]] = entry
+                for entry, content in event[3]:
+                    entries[entry[0], entry[1]] = entry, content, arrays
                 ended[key] = self._ended(worker, event)
                 continue
-            if event[0] != "content" and latest:
+            if latest:
                 self._entries(latest, ended)
             self._heard(worker, event, arrays)
         self._entries(latest, ended)
@@ -133,13 +130,22 @@ class Loop:
 
     def _entries(
         self,
-        latest: dict[tuple[int, int, int], dict[tuple[int, int], list[Any]]],
+        latest: dict[tuple[int, int, int], dict[tuple[int, int], tuple[Any, ...]]],
         ended: dict[tuple[int, int, int], float],
     ) -> None:
         for key, entries in latest.items():
-            self._whole.update(entry[3] for entry in entries.values() if entry[4])
-            self._tell(("entries", *key, [tuple(entry) for entry in entries.values()]), ended[key])
+            for (_, _, _, handle, whole), content, arrays in entries.values():
+                self._keep(handle, content, arrays, whole)
+            self._tell(("entries", *key, [tuple(entry) for entry, _, _ in entries.values()]), ended[key])
         latest.clear()
+
+    def _keep(self, handle: int, content: list[Any], arrays: list[Any], whole: bool) -> None:
+        """A chain of a draft's; `whole`: the draft ended it by itself."""
+        tokens, index, share = content
+        laws = None if index < 0 else list(zip(arrays[index], arrays[index + 1], strict=True))
+        self._contents[handle] = (tokens, laws, share)
+        if whole:
+            self._whole.add(handle)
 
     def _heard(self, worker: int, event: list[Any], arrays: list[Any]) -> None:
         kind = event[0]
@@ -155,10 +161,6 @@ class Loop:
         elif kind == "lost":
             self.stats.lost_workers += 1
             self._tell(("worker_lost", worker))
-        elif kind == "content":
-            _, handle, tokens, index, share = event
-            laws = None if index < 0 else list(zip(arrays[index], arrays[index + 1], strict=True))
-            self._contents[handle] = (tokens, laws, share)
         elif kind == "opened":
             self._tell(("opened", worker, event[1]))
         elif kind == "rank":
@@ -167,13 +169,12 @@ class Loop:
             self.stats.builds.append(BuildRecord(event[5], event[4], event[3]))
             self._tell((kind, worker, *event[1:-1]), self._ended(worker, event))
         elif kind == "drafted":
-            _, stream, number, length, handle, seconds, held = event
+            _, stream, number, length, handle, seconds, held, content = event
             began, wanted = self._asked.pop((worker, stream, number), (time.perf_counter(), 0))
             waited = time.perf_counter() - began
-            if length < wanted:
-                self._whole.add(handle)
+            self._keep(handle, content, arrays, length < wanted)
             self.stats.drafts.append(DraftRecord(length - held, seconds, waited))
-            self._tell((kind, worker, *event[1:]))
+            self._tell((kind, worker, *event[1:-1]))
         else:
             self._tell((kind, worker, *event[1:]))
 
@@ -215,6 +216,7 @@ class Loop:
         self._prefills.append(stream)
 
     def _do_verify(self, batch: int, rows: list[Any]) -> None:
+        self._drafts.flush()  # the draft hears of the outcomes while we look up
         for stream, number, source, handle, length in rows:
             request = self._requests[stream]
             if source in ("cached", "drafted"):

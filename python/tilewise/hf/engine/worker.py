@@ -35,7 +35,7 @@ from tilewise.hf.engine.odds import Odds
 from tilewise.hf.engine.rules import Law, Rule, Settings, rule_of
 from tilewise.hf.runners import Runner, runners
 
-_EARLY = 0.5
+_EARLY = 0.6
 """When the target is not expected yet: before this share of the usual time nothing is sent."""
 
 __all__ = ["Worker", "main", "pack_model", "unpack_model"]
@@ -200,8 +200,8 @@ class Worker:
         share = guesser.draft(length, laws)
         chain = guesser.chain
         handle = self._handle()
-        self._content(handle, chain, laws, share)
-        self._say("drafted", stream, number, len(chain), handle, time.perf_counter() - began, held)
+        content = self._content(chain, laws, share)
+        self._say("drafted", stream, number, len(chain), handle, time.perf_counter() - began, held, content)
 
     def _do_build(
         self, stream: int, number: int, start: int, tokens: list[int], given: list[int] | None, behind: list[int],
@@ -263,21 +263,21 @@ class Worker:
                 branch.sent, branch.sent_end = len(branch.tokens), ended
                 handle = self._handle()
                 self._published[handle] = (stream, build.round, len(branch.tokens))
-                self._content(handle, branch.tokens, branch.laws, branch.share)
-                entries.append((branch.accepted, branch.token, len(branch.tokens), handle, ended))
+                entry = (branch.accepted, branch.token, len(branch.tokens), handle, ended)
+                entries.append((entry, self._content(branch.tokens, branch.laws, branch.share)))
         self._say("entries", stream, build.round, entries, elapsed)
 
     def _handle(self) -> int:
         self._handles += 1
         return self._handles * 1024 + self._name
 
-    def _content(self, handle: int, tokens: list[int], laws: list[Law], share: float) -> None:
-        """Sends what a handle stands for, before the event that mentions it; `share`: the chance that all is kept."""
+    def _content(self, tokens: list[int], laws: list[Law], share: float) -> tuple[list[int], int, float]:
+        """A chain as it is sent: its tokens, where its laws are, and the chance that all of it is kept."""
         index = -1
         if laws:
             index = len(self._arrays)
             self._arrays += [np.stack([law[0] for law in laws]), np.stack([law[1] for law in laws])]
-        self._say("content", handle, tokens, index, share)
+        return tokens, index, share
 
 
 def _watch(stream: Any) -> None:

@@ -15,6 +15,28 @@ pub use suffix::SuffixIndex;
 #[cfg(test)]
 mod tests;
 
+/// Hashes one number by a product whose upper half falls on the lower: a proposal takes hundreds of look-ups, and the
+/// standard hasher most of its time.
+#[derive(Debug, Clone, Copy, Default)]
+struct Spread(u64);
+
+impl std::hash::Hasher for Spread {
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(u64::from(*byte));
+        }
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        let product = u128::from(self.0 ^ number) * 0x9E37_79B9_7F4A_7C15;
+        self.0 = (product >> 64) as u64 ^ product as u64;
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
 /// What an index proposes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Proposal {

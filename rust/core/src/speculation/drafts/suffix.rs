@@ -13,11 +13,16 @@
 //!
 //! Source: Oliaro et al., "SuffixDecoding" (2024), for the use of counts over suffixes.
 
-use super::Proposal;
+use super::{Proposal, Spread};
 use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
 
 const ROOT: u32 = 0;
 const NONE: u32 = u32::MAX;
+
+fn edge(node: u32, token: u32) -> u64 {
+    u64::from(node) << 32 | u64::from(token)
+}
 
 #[derive(Debug, Clone)]
 struct Node {
@@ -37,7 +42,7 @@ pub struct SuffixIndex {
     shortest: usize,
     text: Vec<u32>,
     nodes: Vec<Node>,
-    edges: HashMap<(u32, u32), u32>,
+    edges: HashMap<u64, u32, BuildHasherDefault<Spread>>,
     /// The nodes of the last 0, 1, ..., D tokens.
     active: Vec<u32>,
 }
@@ -53,7 +58,7 @@ impl SuffixIndex {
     pub fn new(longest: usize, shortest: usize) -> Self {
         assert!(1 <= shortest && shortest <= longest && longest <= Self::LONGEST);
         let root = Node { parent: NONE, token: NONE, count: 0, child: NONE, sibling: NONE };
-        Self { longest, shortest, text: Vec::new(), nodes: vec![root], edges: HashMap::new(), active: vec![ROOT] }
+        Self { longest, shortest, text: Vec::new(), nodes: vec![root], edges: HashMap::default(), active: vec![ROOT] }
     }
 
     /// Number of tokens of the text.
@@ -72,7 +77,7 @@ impl SuffixIndex {
     }
 
     fn step(&self, node: u32, token: u32) -> Option<u32> {
-        self.edges.get(&(node, token)).copied()
+        self.edges.get(&edge(node, token)).copied()
     }
 
     /// Appends tokens.
@@ -86,7 +91,7 @@ impl SuffixIndex {
                     let node = self.nodes.len() as u32;
                     let sibling = std::mem::replace(&mut self.nodes[context as usize].child, node);
                     self.nodes.push(Node { parent: context, token, count: 0, child: NONE, sibling });
-                    self.edges.insert((context, token), node);
+                    self.edges.insert(edge(context, token), node);
                     node
                 });
                 self.nodes[node as usize].count += 1;
@@ -118,7 +123,7 @@ impl SuffixIndex {
                 && last.count == 0
             {
                 let (parent, token, sibling) = (last.parent, last.token, last.sibling);
-                self.edges.remove(&(parent, token));
+                self.edges.remove(&edge(parent, token));
                 self.nodes[parent as usize].child = sibling;
                 self.nodes.pop();
             }
