@@ -3,7 +3,7 @@
 //! ```text
 //! handle(now, event):
 //!     check the numbers                    (an error changes nothing)
-//!     the transition of this event         streams: here;  target: `target`;  workers: `draft`
+//!     the transition of this event         streams: here;  target: `target`, `miss`;  workers: `draft`
 //!     drafts that are out of patience      -> what was drafted ahead of them, or fast
 //!     if the target is free:               prefill what waits, or verify what is ready, and build ahead for it
 //!     give back contents of no more use
@@ -13,6 +13,7 @@
 
 mod check;
 mod draft;
+mod miss;
 mod target;
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,7 @@ use super::event::{BatchId, Command, Event, Handle, Reason, Row, StreamId, Worke
 use super::handles::Ledger;
 use super::latency::Latency;
 use super::learn::Learner;
+use super::pace::Pace;
 use super::settings::Settings;
 use super::stats::{Cause, Stats};
 use super::stream::{Chain, State, Stream};
@@ -62,37 +64,6 @@ struct Batch {
 impl Target {
     fn is_busy(&self) -> bool {
         self.batch.is_some() || !self.prefills.is_empty()
-    }
-}
-
-/// How fast it goes: tokens and seconds of verifications of as many rows and of the waits before them, fading.
-#[derive(Debug, Clone, Copy, Default)]
-struct Pace {
-    rows: usize,
-    tokens: f64,
-    seconds: f64,
-    seen: u32,
-    /// Before the verification that is out.
-    waited: f64,
-}
-
-impl Pace {
-    /// Verifications before there is an answer, and after which one weighs 1/e.
-    const ENOUGH: u32 = 16;
-    const MEMORY: f64 = 64.0;
-
-    fn observe(&mut self, rows: usize, tokens: u32, seconds: f64) {
-        if rows != self.rows {
-            *self = Self { rows, waited: self.waited, ..Self::default() };
-        }
-        let keep = (-1.0 / Self::MEMORY).exp();
-        self.tokens = self.tokens * keep + f64::from(tokens);
-        self.seconds = self.seconds * keep + self.waited + seconds;
-        self.seen = self.seen.saturating_add(1);
-    }
-
-    fn of(&self, rows: usize) -> Option<f64> {
-        (rows == self.rows && self.seen >= Self::ENOUGH && self.seconds > 0.0).then(|| self.tokens / self.seconds)
     }
 }
 
