@@ -1,5 +1,6 @@
 """The engine: the output is plain decoding's whatever the drafts do, and nothing is left when a process dies."""
 
+import copy
 import itertools
 import math
 import os
@@ -89,6 +90,38 @@ def test_E16_ties_go_to_the_lower_token_whoever_looks():
         assert sum(generator.stats.accepted.get("drafted", [])[1:]) + sum(
             generator.stats.accepted.get("cached", [])[1:]
         )
+
+
+def test_E16_near_ties_in_float64():
+    """Every token has a twin closer than float32 can tell; a step over many tokens decides as a step over one."""
+    model = random_draft(seed=8, dtype=torch.float64)
+    with torch.no_grad():
+        weight = model.get_output_embeddings().weight
+        noise = torch.randn(weight[:128].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        weight[128:] = weight[:128] * (1.0 + 1e-9 * noise)
+    want = list(SpeculativeDecoder(model).generate([3, 1, 4], 80))
+    assert min(want) < 128 <= max(want)
+    with SpeculativeGenerator(model, model, draft_length=5, adaptive=False, fallback="neural") as generator:
+        assert generator.wait_until_ready()
+        assert generator.generate([[3, 1, 4]], 80)[0].tokens == want
+        assert generator.stats.tokens_per_round > 2.0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_E15_a_draft_whose_tokens_mean_something_else_changes_nothing_but_the_speed(pair, temperature):
+    """As many tokens, of another tokenizer: the sizes agree, and nobody can tell."""
+    draft = copy.deepcopy(pair[0])
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        draft.get_input_embeddings().weight.copy_(pair[0].get_input_embeddings().weight[order])
+        draft.get_output_embeddings().weight.copy_(pair[0].get_output_embeddings().weight[order])
+    rules = {"temperature": temperature, "seed": 4}
+    with SpeculativeGenerator(pair[0], draft_length=0, lookup=False, **rules) as alone:
+        want = alone.generate([PROMPTS[0]], 60)[0].tokens
+    with SpeculativeGenerator(pair[0], draft, draft_length=4, fallback="neural", adaptive=False, **rules) as generator:
+        assert generator.wait_until_ready()
+        assert generator.generate([PROMPTS[0]], 60)[0].tokens == want
+        assert generator.stats.tokens_per_round < 2.5
 
 
 @pytest.mark.parametrize(
