@@ -425,12 +425,19 @@ def test_started_by_torchrun(tmp_path):
     program.write_text(
         textwrap.dedent(
             """
-            import os
+            import os, time
             from tilewise.hf.engine import SpeculativeGenerator, serve_draft
             from tilewise.hf.testing import random_draft
             if os.environ["RANK"] == "0":
                 with SpeculativeGenerator(random_draft(seed=1), workers="torchrun", draft_length=3,
                                           adaptive=False, fallback="neural") as generator:
+                    start = generator._start_target
+                    def slowed():  # drafts need time to be made ahead
+                        runner = start()
+                        feed = runner.feed
+                        runner.feed = lambda *args, **options: (time.sleep(0.03), feed(*args, **options))[1]
+                        return runner
+                    generator._start_target = slowed
                     assert generator.wait_until_ready()
                     [result] = generator.generate([[1, 2, 3]], 40)
                     print("made", result.tokens, generator.stats.accepted, flush=True)
