@@ -36,7 +36,9 @@ def measured(
     transformers.utils.logging.disable_progress_bar()
     pair = load_pair(model, draft)
     if pair.draft is None:
-        raise ArgumentError("--measure needs a draft beside --model: name one that speaks its tokens with --draft")
+        raise ArgumentError(
+            "--measure needs a draft beside --model: name one that speaks its tokens with --draft-model"
+        )
     tokens = [list(pair.tokenizer.encode(text)) for text in texts]
     with Progress(console=Console(stderr=True), transient=True, disable=as_json) as bar:
         task = bar.add_task("measuring", total=1.0)

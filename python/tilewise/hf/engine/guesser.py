@@ -54,6 +54,7 @@ class Guesser:
         self.orders: list[NDArray[np.int64]] = []
         self.scores: list[NDArray[np.float64] | None] = []
         self.build: Build | None = None
+        self.settled = False  # whether a round has come out
         self._seen: list[tuple[NDArray[np.float64], int]] = []
 
     @property
@@ -105,15 +106,7 @@ class Guesser:
     def give(self, chain: Sequence[int]) -> None:
         """The target verifies these tokens, which the draft has not made."""
         self._unfeed()
-        self.tokens += chain
-        fed = self._runner.length
-        logits = self._runner.feed(self.tokens[fed:])
-        positions = range(fed + 1, len(self.tokens) + 1)
-        keep = self.committed - 1 - fed
-        proposal = self._propose(logits, list(positions))
-        self.orders, self.scores = [], []
-        for row in range(keep, len(positions)):
-            self._remember(proposal, row)
+        self.extend(chain)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """The target verifies these tokens too, behind the chain."""
@@ -121,7 +114,7 @@ class Guesser:
         fed = self._runner.length
         logits = self._runner.feed(self.tokens[fed:])
         proposal = self._propose(logits, range(fed + 1, len(self.tokens) + 1))
-        for row in range(len(self.tokens) - fed):
+        for row in range(max(0, self.committed - 1 - fed), len(self.tokens) - fed):
             self._remember(proposal, row)
 
     def _unfeed(self) -> None:
@@ -238,6 +231,7 @@ class Guesser:
             tokens: those that the round committed: the accepted ones, and the one that follows them.
             length: how many of the branch's tokens are the next chain; None for all.
         """
+        self.settled = True
         build, self.build = self.build, None
         wanted = [*self.tokens[:start], *tokens]
         accepted = len(tokens) - 1

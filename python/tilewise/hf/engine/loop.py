@@ -24,7 +24,7 @@ from tilewise import _core
 from tilewise.errors import VocabularyError
 from tilewise.hf.engine.builds import Worth
 from tilewise.hf.engine.drafts import Drafts
-from tilewise.hf.engine.requests import Chain, Request
+from tilewise.hf.engine.requests import Chain, Content, Request
 from tilewise.hf.engine.rules import Rule, Settings
 from tilewise.hf.engine.stats import BuildRecord, DraftRecord, EngineStats, RoundRecord
 from tilewise.hf.generate import as_rows, computing
@@ -64,8 +64,7 @@ class Loop:
         self._machine, self._drafts = machine, drafts
         self.stats = EngineStats()
         self._requests: dict[int, Request] = {}
-        self._contents: dict[int, tuple[list[int], list[Any] | None, float]] = {}
-        self._whole: set[int] = set()  # contents that the draft ended by itself
+        self._contents: dict[int, Content] = {}
         self._prefills: deque[int] = deque()
         self._verifications: deque[tuple[int, list[Any]]] = deque()
         self._known: dict[tuple[int, int], int] = {}
@@ -143,9 +142,7 @@ class Loop:
         """A chain of a draft's; `whole`: the draft ended it by itself."""
         tokens, index, share = content
         laws = None if index < 0 else list(zip(arrays[index], arrays[index + 1], strict=True))
-        self._contents[handle] = (tokens, laws, share)
-        if whole:
-            self._whole.add(handle)
+        self._contents[handle] = Content(tokens, laws, share, whole)
 
     def _heard(self, worker: int, event: list[Any], arrays: list[Any]) -> None:
         kind = event[0]
@@ -220,7 +217,7 @@ class Loop:
         for stream, number, source, handle, length in rows:
             request = self._requests[stream]
             if source in ("cached", "drafted"):
-                tokens, laws, share = self._contents.pop(handle)
+                tokens, laws, share, whole = self._contents.pop(handle)
                 chain = tokens[:length]
                 if self._rule.free and length == len(tokens):
                     # Building was cut off by time, mostly; what is looked up behind costs none.
@@ -228,18 +225,16 @@ class Loop:
                     chain = chain + behind
                     if behind:
                         self._tell(("fast", stream, number, len(chain)))
-                request.chains[number] = Chain(chain, None if laws is None else laws[:length], length)
-                if handle in self._whole and length == len(tokens):
-                    request.ended.add(number)
-                self._whole.discard(handle)
+                laws = None if laws is None else laws[:length]
+                request.chains[number] = Chain(chain, laws, length, whole and length == len(tokens))
             elif source == "fast" and request.lookup is not None:
                 if request.found is None:  # the first round: no outcome came before it
                     request.look_up(self._least)
                 chain = (request.found or [])[:length]
-                request.chains[number] = Chain(chain, None, len(chain))
+                request.chains[number] = Chain(chain, own=len(chain))
                 self._tell(("fast", stream, number, len(chain)))
             else:
-                request.chains[number] = Chain([], None, 0)
+                request.chains[number] = Chain([])
         self._verifications.append((batch, rows))
 
     def _do_open(self, worker: int, stream: int) -> None:
@@ -252,7 +247,7 @@ class Loop:
     def _do_build(
         self, worker: int, stream: int, number: int, source: str, handle: int, fan_out: list[int], depth: int
     ) -> None:
-        chain, _, own = self._requests[stream].chains.get(number, Chain([], None, 0))  # none while the prompt is read
+        chain, _, own, _ = self._requests[stream].chains.get(number, Chain([]))  # none while the prompt is read
         made_there = source in ("cached", "drafted") and self._drafts.made(worker, handle)
         given = None if made_there or not chain else chain
         self._building[worker, stream, number] = time.perf_counter()
@@ -276,7 +271,6 @@ class Loop:
     def _do_discard(self, handles: list[int]) -> None:
         for handle in handles:
             self._contents.pop(handle, None)
-            self._whole.discard(handle)
 
     def _do_finish(self, stream: int, reason: str) -> None:
         request = self._requests[stream]
@@ -327,28 +321,26 @@ class Loop:
                 request = self._requests.get(stream)
                 if request is None or request.over or request.runner is None:
                     continue
-                chain, laws, _ = request.chains.pop(number)
-                logits = request.runner.feed([request.tokens[-1], *chain])
-                outcomes.append((request, number, source, chain, laws, logits))
+                chain = request.chains.pop(number)
+                logits = request.runner.feed([request.tokens[-1], *chain.tokens])
+                outcomes.append((request, number, source, chain, logits))
         computed = time.perf_counter()
         verdicts = []
-        for request, number, source, chain, laws, logits in outcomes:
+        for request, number, source, (chain, laws, _, ended), logits in outcomes:
             known = len(request.tokens)
             accepted, token = self._rule.decide(chain, laws, as_rows(logits), request.request, known)
             assert request.runner is not None
             request.runner.truncate(known + accepted)
             emitted, stopped = self._emit(request, [*chain[:accepted], token])
             verdicts.append((request.stream, accepted, token, emitted, stopped, request.look_up(self._least)))
-            ended = number in request.ended
-            request.ended.discard(number)
             self.stats.count(
                 RoundRecord(computed - (self._origin or began), request.stream, number, source, len(chain), accepted,
                             computed - began, ended)
             )  # fmt: skip
-        ended = time.perf_counter()
+        decided = time.perf_counter()
         self.stats.verifications += 1
         self.stats.target_seconds += computed - began
-        self.stats.decide_seconds += ended - computed
+        self.stats.decide_seconds += decided - computed
         self._take(0.0)
         if self.stats.verifications % 32 == 1:
             self._weigh()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tilewise.hf.runners import Runner
 from tilewise.speculation import MixtureDraft
 
-__all__ = ["Chain", "Generated", "Request", "Stops"]
+__all__ = ["Chain", "Content", "Generated", "Request", "Stops"]
 
 
 @dataclass
@@ -49,17 +49,34 @@ class Stops:
         return found
 
 
+class Content(NamedTuple):
+    """What a draft sent, until it is verified or of no more use.
+
+    Attributes:
+        tokens, laws: drafted.
+        share: the chance that all of it is kept.
+        whole: whether the draft ended it by itself.
+    """
+
+    tokens: list[int]
+    laws: list[Any] | None
+    share: float
+    whole: bool
+
+
 class Chain(NamedTuple):
     """A chain in verification.
 
     Attributes:
         tokens, laws: drafted.
         own: how many tokens are the draft's own; those behind were looked up.
+        ended: whether the draft ended it by itself.
     """
 
     tokens: list[int]
-    laws: list[object] | None
-    own: int
+    laws: list[Any] | None = None
+    own: int = 0
+    ended: bool = False
 
 
 @dataclass
@@ -82,8 +99,6 @@ class Request:
     """Prompt and committed tokens."""
     chains: dict[int, Chain] = field(default_factory=dict)
     """Of rounds in verification."""
-    ended: set[int] = field(default_factory=set)
-    """Of those, the rounds whose chains the draft ended by itself."""
     unread: list[int] = field(default_factory=list)
     started: bool = False
 

@@ -90,7 +90,6 @@ class Worker:
         self._begun: dict[int, float] = {}
         self._usual = float("inf")
         self._asked: dict[int, float] = {}
-        self._fresh: set[int] = set()
         self._handles = 0
         self._published: dict[int, tuple[int, int, int]] = {}
         self._rule: Rule | None = None
@@ -146,7 +145,6 @@ class Worker:
         guesser.open(tokens)
         self._drop(stream)
         self._streams[stream] = guesser
-        self._fresh.add(stream)
         self._say("opened", stream, time.perf_counter() - began)
 
     def _do_forget(self, stream: int) -> None:
@@ -175,7 +173,6 @@ class Worker:
         guesser = self._streams[stream]
         if not tokens:
             return None
-        self._fresh.discard(stream)
         asked = self._asked.pop(stream, None)
         if asked is not None:
             waited = time.perf_counter() - asked
@@ -219,7 +216,7 @@ class Worker:
             guesser.extend(behind)
         guesser.begin(number, fan_out, depth)
         self._spent[stream], self._begun[stream] = time.perf_counter() - began, began
-        if stream not in self._fresh:  # reading a prompt takes another time
+        if guesser.settled:  # reading a prompt takes another time
             self._asked[stream] = began
         self._building.append(stream)
 
