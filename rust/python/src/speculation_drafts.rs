@@ -3,7 +3,7 @@
 use crate::door::to_python;
 use pyo3::prelude::*;
 use tilewise_core::error::Error;
-use tilewise_core::speculation::drafts::{NGramIndex, SuffixIndex};
+use tilewise_core::speculation::drafts::{NGramIndex, SuffixIndex, TextIndex};
 
 fn checked(py: Python<'_>, longest: usize, shortest: usize, most: usize) -> PyResult<()> {
     let wrong = |name: &str, allowed: String, got| Err(to_python(py, &Error::value(name, allowed, got)));

@@ -8,18 +8,6 @@ use crate::scheduler::stats::Cause;
 use crate::scheduler::stream::{Chain, State};
 
 impl Rounds {
-    /// Streams that have their first token want their first chain.
-    pub(super) fn start(&mut self, ids: &[StreamId]) {
-        for id in ids {
-            if let Some(stream) = self.streams.get_mut(id) {
-                stream.cause = Cause::Start;
-                stream.hit = None;
-            }
-        }
-        let missing: Vec<_> = ids.iter().map(|id| (*id, None)).collect();
-        self.answer_misses(&missing);
-    }
-
     /// Asks the stream's worker for a chain after the last outcome.
     pub(super) fn ask(&mut self, id: StreamId, want: u32, partial: Option<(u32, Handle)>, cause: Cause) {
         let (expected, patience) = self.waits(want - partial.map_or(0, |(length, _)| length.min(want)));
@@ -49,7 +37,7 @@ impl Rounds {
         };
         stream.opened = true;
         match stream.state {
-            State::Opening { .. } => self.start(&[id]),
+            State::Opening { .. } => self.answer_misses(&[(id, None)]),
             State::Prefilling if self.settings.guess_first => {
                 let round = stream.round;
                 self.build(&Row { stream: id, round, source: Source::Empty, handle: None, length: 0 });

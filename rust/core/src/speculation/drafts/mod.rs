@@ -15,6 +15,35 @@ pub use suffix::SuffixIndex;
 #[cfg(test)]
 mod tests;
 
+/// A text that grows and shrinks at its end, and what it suggests.
+pub trait TextIndex {
+    /// Number of tokens of the text.
+    fn len(&self) -> usize;
+
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Appends tokens.
+    fn extend(&mut self, tokens: &[u32]);
+
+    /// Takes back all tokens but the first `length`.
+    fn truncate(&mut self, length: usize);
+
+    /// At most `count` tokens that may follow.
+    fn propose(&self, count: usize) -> Proposal;
+
+    /// At most `count` tokens that may follow the text and `after`. The text stays as it is.
+    fn propose_after(&mut self, after: &[u32], count: usize) -> Proposal {
+        let length = self.len();
+        self.extend(after);
+        let proposal = self.propose(count);
+        self.truncate(length);
+        proposal
+    }
+}
+
 /// Hashes one number by a product whose upper half falls on the lower: a proposal takes hundreds of look-ups, and the
 /// standard hasher most of its time.
 #[derive(Debug, Clone, Copy, Default)]

@@ -11,7 +11,7 @@
 //!
 //! Source: Saxena, "Prompt Lookup Decoding" (2023).
 
-use super::Proposal;
+use super::{Proposal, TextIndex};
 use std::collections::HashMap;
 
 const NONE: u32 = u32::MAX;
@@ -43,19 +43,14 @@ impl NGramIndex {
         assert!(1 <= shortest && shortest <= longest && longest <= Self::LONGEST);
         Self { shortest, text: Vec::new(), orders: vec![Order::default(); longest - shortest + 1] }
     }
+}
 
-    /// Number of tokens of the text.
-    pub fn len(&self) -> usize {
+impl TextIndex for NGramIndex {
+    fn len(&self) -> usize {
         self.text.len()
     }
 
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.text.is_empty()
-    }
-
-    /// Appends tokens.
-    pub fn extend(&mut self, tokens: &[u32]) {
+    fn extend(&mut self, tokens: &[u32]) {
         for &token in tokens {
             self.text.push(token);
             let end = self.text.len();
@@ -70,8 +65,7 @@ impl NGramIndex {
         }
     }
 
-    /// Takes back all tokens but the first `length`.
-    pub fn truncate(&mut self, length: usize) {
+    fn truncate(&mut self, length: usize) {
         while self.text.len() > length {
             let end = self.text.len();
             for (step, order) in self.orders.iter_mut().enumerate() {
@@ -87,17 +81,7 @@ impl NGramIndex {
         }
     }
 
-    /// At most `count` tokens that may follow the text and `after`. The text stays as it is.
-    pub fn propose_after(&mut self, after: &[u32], count: usize) -> Proposal {
-        let length = self.len();
-        self.extend(after);
-        let proposal = self.propose(count);
-        self.truncate(length);
-        proposal
-    }
-
-    /// At most `count` tokens that may follow.
-    pub fn propose(&self, count: usize) -> Proposal {
+    fn propose(&self, count: usize) -> Proposal {
         let found = self.orders.iter().enumerate().rev().find_map(|(step, order)| {
             order.before.last().filter(|end| **end != NONE).map(|end| (self.shortest + step, *end as usize + 1))
         });

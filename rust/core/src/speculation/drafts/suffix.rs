@@ -13,7 +13,7 @@
 //!
 //! Source: Oliaro et al., "SuffixDecoding" (2024), for the use of counts over suffixes.
 
-use super::{Proposal, Spread};
+use super::{Proposal, Spread, TextIndex};
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 
@@ -61,16 +61,6 @@ impl SuffixIndex {
         Self { longest, shortest, text: Vec::new(), nodes: vec![root], edges: HashMap::default(), active: vec![ROOT] }
     }
 
-    /// Number of tokens of the text.
-    pub fn len(&self) -> usize {
-        self.text.len()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.text.is_empty()
-    }
-
     /// Number of nodes of the tree.
     pub fn nodes(&self) -> usize {
         self.nodes.len()
@@ -80,8 +70,33 @@ impl SuffixIndex {
         self.edges.get(&edge(node, token)).copied()
     }
 
-    /// Appends tokens.
-    pub fn extend(&mut self, tokens: &[u32]) {
+    /// The nodes of the last 0, 1, ..., `most` tokens of a text that is in the tree.
+    fn contexts(&self, text: &[u32], most: usize) -> Vec<u32> {
+        let walk = |start: usize| text[start..].iter().try_fold(ROOT, |node, token| self.step(node, *token));
+        (0..=most.min(text.len())).map_while(|length| walk(text.len() - length)).collect()
+    }
+
+    /// The most frequent child of a node.
+    fn favourite(&self, node: u32) -> Option<u32> {
+        let mut best: Option<&Node> = None;
+        let mut child = self.nodes[node as usize].child;
+        while child != NONE {
+            let other = &self.nodes[child as usize];
+            if best.is_none_or(|best| (other.count, best.token) > (best.count, other.token)) {
+                best = Some(other);
+            }
+            child = other.sibling;
+        }
+        best.map(|node| node.token)
+    }
+}
+
+impl TextIndex for SuffixIndex {
+    fn len(&self) -> usize {
+        self.text.len()
+    }
+
+    fn extend(&mut self, tokens: &[u32]) {
         for &token in tokens {
             self.text.push(token);
             let mut next = Vec::with_capacity(self.active.len() + 1);
@@ -102,14 +117,7 @@ impl SuffixIndex {
         }
     }
 
-    /// The nodes of the last 0, 1, ..., `most` tokens of a text that is in the tree.
-    fn contexts(&self, text: &[u32], most: usize) -> Vec<u32> {
-        let walk = |start: usize| text[start..].iter().try_fold(ROOT, |node, token| self.step(node, *token));
-        (0..=most.min(text.len())).map_while(|length| walk(text.len() - length)).collect()
-    }
-
-    /// Takes back all tokens but the first `length`.
-    pub fn truncate(&mut self, length: usize) {
+    fn truncate(&mut self, length: usize) {
         if length >= self.text.len() {
             return;
         }
@@ -132,31 +140,7 @@ impl SuffixIndex {
         self.active = self.contexts(&self.text, self.longest);
     }
 
-    /// The most frequent child of a node.
-    fn favourite(&self, node: u32) -> Option<u32> {
-        let mut best: Option<&Node> = None;
-        let mut child = self.nodes[node as usize].child;
-        while child != NONE {
-            let other = &self.nodes[child as usize];
-            if best.is_none_or(|best| (other.count, best.token) > (best.count, other.token)) {
-                best = Some(other);
-            }
-            child = other.sibling;
-        }
-        best.map(|node| node.token)
-    }
-
-    /// At most `count` tokens that may follow the text and `after`. The text stays as it is.
-    pub fn propose_after(&mut self, after: &[u32], count: usize) -> Proposal {
-        let length = self.len();
-        self.extend(after);
-        let proposal = self.propose(count);
-        self.truncate(length);
-        proposal
-    }
-
-    /// At most `count` tokens that may follow.
-    pub fn propose(&self, count: usize) -> Proposal {
+    fn propose(&self, count: usize) -> Proposal {
         let mut proposal = Proposal::default();
         let mut contexts = self.active.clone();
         while proposal.tokens.len() < count {
